@@ -1,0 +1,1 @@
+"""Input pipelines and data sets: everything that turns stored files into batches."""

@@ -1,0 +1,1 @@
+"""One module a mixture: importing it registers modalities, tasks and mixture (``data.modules`` of a configuration)."""

@@ -1,0 +1,27 @@
+"""The built-in mixture: eight modalities of rendered rooms at 64 pixels, prepared by `data_pipelines.rooms.prepare`.
+
+The token files are looked for in ``$FM4M_ROOMS``, by default ``data/rooms`` under the current folder. They are opened
+with the first stream, not on import; a vocabulary or grid other than the registered one is then an error.
+"""
+
+from __future__ import annotations
+
+from data_pipelines import registry
+from data_pipelines.rooms.modalities import MODALITIES, ROOT
+from data_pipelines.sources import TokenSource
+from fm4m.masking import Masking, MaskingComponent
+
+PREPARE = f"python -m data_pipelines.rooms.prepare --out={ROOT}"
+
+registry.add_task("rooms_64", TokenSource(ROOT, prepare=PREPARE), MODALITIES)
+
+# The recipe of the released 4M-7 models: half of the samples predict everything from the image alone, half everything
+# from everything (symmetric Dirichlet concentrations of 0.5: few modalities dominate a sample).
+_TARGETS = {name: 0.5 for name in MODALITIES if name != "rgb@64"}
+MASKING = Masking(
+    num_inputs=96,
+    num_targets=96,
+    tasks={"*": (MaskingComponent({"rgb@64": 1000.0}, _TARGETS), MaskingComponent(0.5, _TARGETS))},
+)
+
+registry.add_mixture("rooms", [("rooms_64", 1.0)], masking=MASKING)
