@@ -15,7 +15,10 @@ N = {"train": 5, "val": 3}
 class FakeTokenizer:
     """Codes that tell the picture: the first value of every 8x8 patch, and the number of calls."""
 
-    vocab_size, grid = rooms.CODES, rooms.GRID
+    grid = rooms.GRID
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
 
     def encode(self, array):
         array = np.asarray(array)
@@ -69,7 +72,7 @@ def made(tmp_path, monkeypatch):
 
     def load(path, modality):
         calls.append(path.stem)
-        return FakeText() if path.stem == "text" else FakeTokenizer()
+        return FakeText() if path.stem == "text" else FakeTokenizer(modality.vocab_size)
 
     def load_features(path):
         calls.append("extractor")
@@ -92,7 +95,7 @@ def test_prepares_every_modality_of_both_splits(made):
     opened = {n: records.Records(folder / "out", "train", modalities.get(n)) for n in rooms.MODALITIES}
     for i in range(5):
         np.testing.assert_array_equal(opened["rgb@64"][i], pack[i]["rgb"])
-        codes = FakeTokenizer().encode(pack[i]["normal"][None])[0]
+        codes = FakeTokenizer(rooms.CODES["tok_normal@64"]).encode(pack[i]["normal"][None])[0]
         np.testing.assert_array_equal(opened["tok_normal@64"][i], codes)
         np.testing.assert_array_equal(opened["tok_imnet@64"][i], np.full(64, i))
     # 3, 7, 11, 15 and 19 boxes of 5 words each: 16 fit into 84 tokens with [EOS], and the large ones stay.
@@ -162,7 +165,7 @@ def test_tokenizers_must_be_there_and_fit(made, monkeypatch, tmp_path):
     (folder / "tokenizers" / "rgb.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="rgb.safetensors is missing: modality 'tok_rgb@64'"):
         prepare.main(arguments)
-    monkeypatch.setattr("fm4m.tokenizers.io.load", lambda path: type("T", (FakeTokenizer,), {"vocab_size": 7})())
+    monkeypatch.setattr("fm4m.tokenizers.io.load", lambda path: FakeTokenizer(7))
     with pytest.raises(
         ValueError, match=r"has 7 codes on a grid of \(8, 8\), but modality 'tok_rgb@64' .*modalities.py"
     ):

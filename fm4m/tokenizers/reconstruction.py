@@ -1,0 +1,70 @@
+"""How good a reconstruction is, per domain. Arrays are in the stored form of `preprocess`; all numpy, on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fm4m.tokenizers.config import VQConfig
+
+
+def psnr(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB, uint8 [B, H, W, 3]."""
+    error = np.mean((target.astype(np.float64) - prediction.astype(np.float64)) ** 2, axis=(1, 2, 3))
+    return float(np.mean(10.0 * np.log10(255.0**2 / np.maximum(error, 1e-8))))
+
+
+def align_scale_shift(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Least-squares scale and shift per image that map prediction onto target, float [B, H, W] -> f64 [B, H, W]."""
+    p = prediction.astype(np.float64)
+    t = target.astype(np.float64)
+    p_mean, t_mean = p.mean((1, 2), keepdims=True), t.mean((1, 2), keepdims=True)
+    covariance = ((p - p_mean) * (t - t_mean)).mean((1, 2), keepdims=True)
+    variance = ((p - p_mean) ** 2).mean((1, 2), keepdims=True)
+    return (p - p_mean) * (covariance / np.maximum(variance, 1e-12)) + t_mean
+
+
+def abs_rel(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Mean of |aligned prediction - target| / target over all pixels; target in metres, > 0."""
+    return float(np.mean(np.abs(align_scale_shift(target, prediction) - target) / np.maximum(target, 1e-6)))
+
+
+def mean_angle(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Mean angle in degrees between two maps of normals stored as uint8 [B, H, W, 3]."""
+    a, b = (x.astype(np.float64) / 127.5 - 1.0 for x in (target, prediction))
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    cosine = np.sum(a * b, axis=-1) / np.maximum(norms, 1e-9)
+    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))).mean())
+
+
+def segmentation(target: np.ndarray, prediction: np.ndarray, num_classes: int) -> tuple[float, float]:
+    """(mean intersection over union over the classes present in the target, pixel accuracy), ids [B, H, W]."""
+    pairs = target.astype(np.int64).ravel() * num_classes + prediction.astype(np.int64).ravel()
+    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    hit, present = np.diag(confusion), confusion.sum(1)
+    union = present + confusion.sum(0) - hit
+    return float((hit / np.maximum(union, 1))[present > 0].mean()), float(hit.sum() / max(confusion.sum(), 1))
+
+
+def cosine(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Mean cosine similarity over the last axis."""
+    a, b = target.astype(np.float64), prediction.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float((np.sum(a * b, axis=-1) / np.maximum(norms, 1e-12)).mean())
+
+
+def measure(config: VQConfig, stats: dict, target: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
+    """The domain's numbers by name: psnr_db | abs_rel | angle_deg | miou, pixel_accuracy | cosine.
+
+    Features are compared after standardisation: their common mean alone would give a high cosine.
+    """
+    if config.domain == "rgb":
+        return {"psnr_db": psnr(target, prediction)}
+    if config.domain == "depth":
+        return {"abs_rel": abs_rel(target, prediction)}
+    if config.domain == "normal":
+        return {"angle_deg": mean_angle(target, prediction)}
+    if config.domain == "semseg":
+        miou, accuracy = segmentation(target, prediction, config.num_classes)
+        return {"miou": miou, "pixel_accuracy": accuracy}
+    standardised = [(x.astype(np.float64) - stats["mean"]) / stats["std"] for x in (target, prediction)]
+    return {"cosine": cosine(*standardised)}

@@ -1,0 +1,133 @@
+"""Boxes as text: equality with the reference implementation's strings, round trips, malformed text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fm4m.tokenizers import boxes, text
+from fm4m.tokenizers.boxes import Box
+from tests.fixtures import FIXTURES
+
+WORD_CHARACTERS = "abcdefghijklmnopqrstuvwxyz"
+names = st.one_of(st.sampled_from(text.COCO_CLASSES), st.text(WORD_CHARACTERS, min_size=1, max_size=8))
+
+
+@st.composite
+def box_strategy(draw) -> Box:
+    xmin, xmax, ymin, ymax = (draw(st.integers(0, 999)) for _ in range(4))
+    x, y = sorted((xmin, xmax)), sorted((ymin, ymax))
+    score = draw(st.sampled_from((0.1, 0.59, 0.6, 0.9)))
+    return Box(x[0] / 999, y[0] / 999, x[1] / 999, y[1] / 999, draw(names), score)
+
+
+def test_strings_equal_the_reference():
+    if FIXTURES is None:
+        pytest.skip("the strings written by the reference implementation are not beside this checkout")
+    exact = json.loads((FIXTURES / "transforms" / "transforms_exact.json").read_text())
+    instances = [Box(*i["boxes"], i["class_name"], i["score"]) for i in exact["detection_instances"]]
+    compared = 0
+    for case in exact["detection"]:
+        if (case["bbox_order"], case["coord_bins"], case["min_visibility"]) != ("dist_to_orig", 1000, 0.0):
+            continue
+        top, left, height, width = case["crop_coords_top_left_h_w"]
+        full_height, full_width = case["orig_size_h_w"]
+        window = left / full_width, top / full_height, (left + width) / full_width, (top + height) / full_height
+        ours = boxes.to_text(instances, case["det_threshold"], window, bool(case["flip"]), case["det_max_instances"])
+        assert ours == case["string"]
+        compared += 1
+    assert compared >= 6
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.lists(box_strategy(), max_size=12))
+def test_round_trip(instances):
+    kept = [b for b in instances if b.score >= 0.6 and b.area > 0]
+    parsed, malformed = boxes.from_text(boxes.to_text(instances))
+    assert malformed == 0
+    assert parsed == [Box(b.xmin, b.ymin, b.xmax, b.ymax, b.class_name) for b in boxes.sort(kept)]
+    distances = [b.xmin**2 + b.ymin**2 for b in parsed]
+    assert distances == sorted(distances)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(st.lists(box_strategy(), max_size=6), st.tuples(*[st.floats(0, 1) for _ in range(4)]))
+def test_crops_stay_inside_and_flips_undo_themselves(instances, corners):
+    left, right = sorted(corners[:2])
+    top, bottom = sorted(corners[2:])
+    if right - left < 1e-3 or bottom - top < 1e-3:
+        return
+    for box in boxes.crop(instances, (left, top, right, bottom)):
+        assert 0 <= box.xmin < box.xmax <= 1
+        assert 0 <= box.ymin < box.ymax <= 1
+    for before, after in zip(instances, boxes.flip(boxes.flip(instances))):
+        assert (after.xmin, after.xmax) == pytest.approx((before.xmin, before.xmax), abs=1e-12)
+
+
+pieces = st.one_of(
+    st.sampled_from(["v0=1", "v1=2", "v2=30", "v3=40", "v0=1000", "v9=1", "dog", "[EOS]", "[S_3]", "v1=", "="]), names
+)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(st.lists(pieces, max_size=20), st.lists(box_strategy(), max_size=4))
+def test_any_text_parses(junk, instances):
+    """Junk before good boxes never costs more than itself."""
+    good = [b for b in instances if b.score >= 0.6 and b.area > 0]
+    parsed, malformed = boxes.from_text(" ".join([*junk, boxes.to_text(good)]))
+    alone = boxes.from_text(" ".join(junk))
+    assert malformed == alone.malformed
+    assert len(parsed) == len(alone.boxes) + len(good)
+
+
+@pytest.mark.parametrize(
+    ("written", "count", "malformed"),
+    [
+        ("", 0, 0),
+        ("[SOS] [EOS] [PAD]", 0, 0),
+        ("v0=1 v1=2 v2=3 v3=4 teddy bear", 1, 0),
+        ("v0=1 v1=2 v2=3 v3=4", 0, 1),
+        ("v0=1 v1=2 v3=4 dog", 0, 1),
+        ("v0=9 v1=2 v2=3 v3=4 dog", 0, 1),
+        ("dog v0=1 v1=2 v2=3 v3=4 dog", 1, 1),
+        ("v0=1 v1=2 v0=1 v1=2 v2=3 v3=4 dog v2=5", 0, 2),
+        ("v0=1 v1=2 v2=3 v3=1000 dog", 0, 1),
+    ],
+)
+def test_malformed_is_counted(written, count, malformed):
+    parsed = boxes.from_text(written)
+    assert (len(parsed.boxes), parsed.malformed) == (count, malformed)
+
+
+def test_score_filter_cap_and_ties():
+    instances = [Box(0.5, 0.5, 0.6, 0.6, "a", 0.7), Box(0.1, 0.1, 0.2, 0.2, "b", 0.6), Box(0, 0, 1, 1, "c", 0.5)]
+    assert [b.class_name for b in boxes.from_text(boxes.to_text(instances)).boxes] == ["b", "a"]
+    assert boxes.to_text(instances, max_boxes=1) == "v0=500 v1=500 v2=599 v3=599 a"  # 499.5 goes to the even 500
+    assert boxes.to_text(instances, threshold=0.9) == ""
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a v0=3", "x [EOS]"])
+def test_names_that_cannot_be_read_back_are_refused(name):
+    with pytest.raises(ValueError, match="class name"):
+        boxes.to_text([Box(0, 0, 1, 1, name)])
+
+
+def test_empty_window_is_refused():
+    with pytest.raises(ValueError, match="crop window"):
+        boxes.crop([], (0.5, 0.0, 0.5, 1.0))
+
+
+def test_ids_round_trip():
+    caption = "side table trash can room with a red couch and two chairs on the left of it"
+    tokenizer = text.train_wordpiece([caption] * 3, 4400, ("side table",))
+    instances = [Box(0.25, 0.5, 0.75, 1.0, "dining table"), Box(0.0, 0.1, 0.2, 0.3, "side table")]
+    ids = boxes.to_ids(instances, tokenizer)
+    assert ids[-1] == text.EOS_ID
+    assert len(ids) == 6 + 5 + 1
+    parsed = boxes.from_ids([*ids, 204, 205], tokenizer)
+    assert parsed.malformed == 0
+    assert [b.class_name for b in parsed.boxes] == ["side table", "dining table"]
+    assert boxes.to_ids(instances, tokenizer, eos=False, mirrored=True)[0] == text.value_id("v0", 250)
