@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fm4m.layers import Attention, LayerNorm, Linear, Mlp, apply_module, attention, init_module
+from fm4m.positions import sincos_1d, sincos_2d
+from fm4m.sizes import ModelConfig
+
+KEY = jax.random.key(0)
+
+
+def test_layer_norm_subtracts_the_mean_and_uses_epsilon_1e_6():
+    x = np.array([[1.0, 2.0, 3.0, 6.0], [1e-3, -1e-3, 1e-3, -1e-3]], np.float32)
+    params = init_module(LayerNorm, (4, True), KEY)
+    params = {"scale": params["scale"] * 2, "bias": params["bias"] + 0.5}
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * 2 + 0.5
+    np.testing.assert_allclose(apply_module(LayerNorm, (4, True), params)(x), expected, rtol=1e-5)
+    assert set(init_module(LayerNorm, (4, False), KEY)) == {"scale"}
+
+
+def test_layer_norm_of_bfloat16_is_computed_in_float32():
+    x = (1000 + jax.random.normal(KEY, (8, 64))).astype(jnp.bfloat16)  # bfloat16 has a step of 4 here
+    params = init_module(LayerNorm, (64, False), KEY)
+    exact = apply_module(LayerNorm, (64, False), params)(x.astype(jnp.float32))
+    y = apply_module(LayerNorm, (64, False), params)(x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.02)
+
+
+def test_linear_is_xavier_uniform_with_zero_bias():
+    params = init_module(Linear, (300, 100, True), KEY)
+    bound = np.sqrt(6 / 400)
+    assert 0.99 * bound < np.abs(params["kernel"]).max() <= bound
+    assert not params["bias"].any()
+
+
+def reference_attention(q, k, v, mask, num_heads):
+    out = np.zeros_like(q)
+    d = q.shape[-1] // num_heads
+    for b in range(q.shape[0]):
+        for h in range(num_heads):
+            part = slice(h * d, (h + 1) * d)
+            logits = q[b, :, part] @ k[b, :, part].T / np.sqrt(d)
+            logits = np.where(np.broadcast_to(mask[b], logits.shape), logits, np.finfo(np.float32).min)
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            out[b, :, part] = weights / weights.sum(-1, keepdims=True) @ v[b, :, part]
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attention_equals_a_loop_over_heads(rows):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(3, n, 24)).astype(np.float32) for n in (5, 7, 7))
+    mask = rng.random((3, rows, 7)) < 0.6
+    mask[:, :, 0] = True
+    mask[1, 0] = False  # sees nothing: the mean of all values
+    out = attention(*map(jnp.asarray, (q, k, v, mask)), 3)
+    np.testing.assert_allclose(out, reference_attention(q, k, v, mask, 3), atol=1e-5)
+    np.testing.assert_allclose(out[1, 0], v[1].mean(0), atol=1e-5)
+    assert attention(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)), jnp.asarray(mask), 3).dtype == jnp.bfloat16
+
+
+def test_attention_to_an_empty_context_is_zero_and_has_finite_gradients():
+    config = ModelConfig(16, 1, 1, 2)
+    params = init_module(Attention, (config,), KEY)
+    x, context = jax.random.normal(KEY, (2, 3, 16)), jax.random.normal(KEY, (2, 5, 16))
+    mask = jnp.array([[[True] * 5], [[False] * 5]])
+
+    def run(params, context):
+        return apply_module(Attention, (config,), params)(x, context, mask)
+
+    out = run(params, context)
+    assert out[0].any() and not out[1].any()
+    gradients = jax.grad(lambda *a: run(*a).sum(), argnums=(0, 1))(params, context)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    assert gradients[1][0].any() and not gradients[1][1].any()
+
+
+def test_query_and_key_norms_make_attention_blind_to_their_scale():
+    config = ModelConfig(16, 1, 1, 2, qk_norm=True)
+    params = init_module(Attention, (config,), KEY)
+    assert params["query_norm"]["scale"].shape == (8,)
+    x = jax.random.normal(KEY, (2, 3, 16))
+    mask = jnp.ones((2, 1, 3), bool)
+    scaled = {**params, "query": {"kernel": params["query"]["kernel"] * 7}}
+    run = apply_module(Attention, (config,), params)(x, x, mask)
+    np.testing.assert_allclose(apply_module(Attention, (config,), scaled)(x, x, mask), run, atol=1e-4)
+
+
+def test_mlps():
+    x = jax.random.normal(KEY, (2, 3, 16))
+    gated = ModelConfig(16, 1, 1, 2)
+    p = init_module(Mlp, (gated,), KEY)
+    assert p["gate"]["kernel"].shape == (16, 42)  # int(2 * 64 / 3)
+    gate = x @ p["gate"]["kernel"]
+    expected = (gate / (1 + np.exp(-gate)) * (x @ p["up"]["kernel"])) @ p["down"]["kernel"]
+    np.testing.assert_allclose(apply_module(Mlp, (gated,), p)(x), expected, atol=1e-5)
+    plain = ModelConfig(16, 1, 1, 2, gated_mlp=False, activation="gelu", mlp_bias=True)
+    p = init_module(Mlp, (plain,), KEY)
+    p["up"]["bias"] += 0.3
+    hidden = np.asarray(x @ p["up"]["kernel"] + 0.3, np.float64)
+    erf = np.vectorize(math.erf)
+    expected = hidden * 0.5 * (1 + erf(hidden / np.sqrt(2))) @ p["down"]["kernel"] + p["down"]["bias"]
+    np.testing.assert_allclose(apply_module(Mlp, (plain,), p)(x), expected, atol=1e-5)
+
+
+def test_position_tables():
+    one, two = sincos_1d(512, 384), sincos_2d((14, 14), 384)
+    expected = [0.8414710, 0.8152506, 0.7885930, 0.5403023, 0.5791082]
+    np.testing.assert_allclose(one[1, [0, 1, 2, 192, 193]], expected, atol=1e-6)
+    np.testing.assert_allclose(one[511, 191], 0.0535854, atol=1e-6)
+    expected = [0, 1, 0.8414710, 0.7885930, 0.5403023]
+    np.testing.assert_allclose(two[1, [0, 96, 192, 193, 288]], expected, atol=1e-6)
+    np.testing.assert_allclose(two[14, [0, 1, 96, 192, 288]], [0.8414710, 0.7885930, 0.5403023, 0, 1], atol=1e-6)
+    oblong = sincos_2d((2, 3), 8)
+    np.testing.assert_array_equal(oblong[3:, 4:], oblong[:3, 4:])  # row-major: the columns repeat
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sincos_2d((2, 2), 6)
