@@ -1,0 +1,359 @@
+"""Every key of a run's configuration, with its meaning; reading it from the command line; and checking it.
+
+A file in ``configs/`` calls `default`, sets keys on it and returns it. The result is locked: a key that does not exist
+is an error that names the nearest one, on the command line as well as in the file.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+from ml_collections.config_dict import placeholder
+
+from fm4m import modalities as modalities_lib
+
+# One "epoch" of the reference implementation, by which it rounds the length of a run (its token totals become steps).
+REFERENCE_EPOCH_SAMPLES = 10_000_000
+
+SCHEDULES = ("cosine", "constant", "rsqrt")
+
+_SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_DURATION = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)\s+(steps?|samples?|tokens?)\s*")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one sentence that names the key."""
+
+
+class _Section(ml_collections.ConfigDict):
+    """A ConfigDict whose unknown keys are named together with the nearest known ones."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and self.is_locked and name not in self:
+            raise AttributeError(modalities_lib.unknown_name(name, self.keys(), "configuration key"))
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            raise AttributeError(modalities_lib.unknown_name(name, self.keys(), "configuration key")) from None
+
+
+def default() -> ml_collections.ConfigDict:
+    """A locked configuration that holds every key with its default value."""
+    c = _Section()
+    # Seeds the parameters, the masks and the order of the training data. Part of a run's identity: it cannot be changed
+    # on resume.
+    c.seed = 0
+    # Folder of the persistent compilation cache ("": none). A restart then skips compilation, which takes minutes for
+    # the big models.
+    c.compilation_cache = ""
+
+    c.model = _Section()
+    # A registered size of fm4m.sizes. Every key below that is not None replaces a field of it (fm4m.sizes.ModelConfig).
+    c.model.name = "fm_tiny_6e_6d_swiglu_nobias"
+    # Width of the residual stream, layers of each side, heads, and hidden width of the MLP over the width.
+    c.model.dim = placeholder(int)
+    c.model.encoder_depth = placeholder(int)
+    c.model.decoder_depth = placeholder(int)
+    c.model.num_heads = placeholder(int)
+    c.model.mlp_ratio = placeholder(float)
+    # MLP with a gate (SwiGLU for "silu"), and its activation: "silu" or "gelu".
+    c.model.gated_mlp = placeholder(bool)
+    c.model.activation = placeholder(str)
+    # Biases of the attention's input projections, its output projection, the MLP, and the norms.
+    c.model.qkv_bias = placeholder(bool)
+    c.model.proj_bias = placeholder(bool)
+    c.model.mlp_bias = placeholder(bool)
+    c.model.norm_bias = placeholder(bool)
+    # Normalise queries and keys per head.
+    c.model.qk_norm = placeholder(bool)
+    # "xavier", or "aligned": keys start equal to queries, so that equal positions attend to each other at once.
+    c.model.attention_init = placeholder(str)
+    # Learned tokens in front of the encoder's input.
+    c.model.num_register_tokens = placeholder(int)
+    # One modality embedding for both sides; the output head is the decoder's token table.
+    c.model.share_modality_embeddings = placeholder(bool)
+    c.model.tied_heads = placeholder(bool)
+    # One scanned layer (short compilation) or unrolled ones (faster on TPU).
+    c.model.scan_layers = placeholder(bool)
+    # What the backward pass keeps: none (everything), dots, projections, residual, full (nothing).
+    c.model.remat = placeholder(str)
+    # Of activations and matrix products: bfloat16 or float32. Parameters are float32.
+    c.model.dtype = placeholder(str)
+
+    c.data = _Section()
+    # The mixture (or task) to train on, and the modules whose import registers it.
+    c.data.mixture = "rooms"
+    c.data.modules = ("data_pipelines.mixtures.rooms",)
+    # Visible and predicted tokens of a sample, the two static sizes of the model's input. 0: what the mixture says.
+    c.data.num_inputs = 0
+    c.data.num_targets = 0
+
+    c.train = _Section()
+    # Samples of one optimizer step over all devices; each of `accumulation` passes takes an equal part of them.
+    c.train.global_batch = 256
+    c.train.accumulation = 1
+    # Length of the run: "20K steps", "2M samples" or "500B tokens", where a sample counts num_inputs + num_targets
+    # tokens, filled or not, as the paper counts.
+    c.train.total = "1000 steps"
+    # Over 0: a total in samples or tokens is rounded up to whole epochs of this many samples, and an epoch has
+    # floor(epoch_samples / global_batch) steps, as in the reference implementation (10,000,000). 0: rounded up to
+    # a step.
+    c.train.epoch_samples = 0
+    # "mod": mean over modalities of their mean loss, as every released 4M; "token": mean over tokens.
+    c.train.loss = "mod"
+    # How cross-entropy is computed: "blocked" (each target through its own head) or "dense" (through all of them).
+    c.train.loss_method = "blocked"
+    # Over 0: leave after this many steps of this process, saving nothing more, as a preemption would.
+    c.train.stop_after = 0
+
+    c.optimizer = _Section()
+    # AdamW. The peak learning rate is blr * global_batch / 256.
+    c.optimizer.blr = 1e-4
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    # Decoupled, on every parameter but norm scales and biases; embeddings and mask token are decayed too.
+    c.optimizer.weight_decay = 0.05
+    # Largest global norm of the gradient. 0: no clipping.
+    c.optimizer.clip_norm = 0.0
+    # "cosine" (to 0 at the end), "constant", or "rsqrt" (inverse square root); the last two end with a linear cooldown.
+    c.optimizer.schedule = "cosine"
+    # Lengths in the same form as train.total; warm-up is linear from 0, cooldown linear to 0.
+    c.optimizer.warmup = "100 steps"
+    c.optimizer.cooldown = "0 steps"
+    # Decay per step of an exponential moving average of the parameters, which is then what is evaluated. 0: none.
+    c.optimizer.ema = 0.0
+
+    c.mesh = _Section()
+    # Devices along each axis; -1 takes what the other two leave. data: copies of the parameters (across slices);
+    # fsdp: parameters and batch are split; tensor: matrices are split, every device of the axis sees the same samples.
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+
+    c.checkpoint = _Section()
+    # Steps between checkpoints, and how many of the newest stay. 0 steps: only the end of the run is saved.
+    c.checkpoint.every = 1000
+    c.checkpoint.keep = 3
+    # Over 0: checkpoints at multiples of this many steps stay for good.
+    c.checkpoint.keep_period = 0
+    # Write in the background while training goes on.
+    c.checkpoint.asynchronous = True
+
+    c.eval = _Section()
+    # Split to validate on, steps between validations (0: only before the first and after the last step), samples of it
+    # (0: all of them), and samples a batch (0: train.global_batch / train.accumulation).
+    c.eval.split = "validation"
+    c.eval.every = 1000
+    c.eval.samples = 0
+    c.eval.batch = 0
+    # Training batches (of eval.batch samples) whose masked targets are counted for the token-frequency baseline.
+    # 0: none.
+    c.eval.baseline_batches = 20
+
+    c.log = _Section()
+    # Steps between lines of metrics, and between sample pictures (0: none).
+    c.log.every = 50
+    c.log.pictures_every = 0
+    # What the pictures show: modalities given to the model, number of validation samples, and how codes are drawn, as
+    # "modality=image:FILE", "modality=text:FILE" or "modality=boxes:FILE". No tokenizers: no pictures.
+    c.log.picture_inputs = ()
+    c.log.picture_samples = 4
+    c.log.picture_tokenizers = ()
+    # Write TensorBoard event files beside metrics.jsonl (needs tensorboardX).
+    c.log.tensorboard = True
+    # Draw a progress bar where the output is a terminal.
+    c.log.progress_bar = True
+    return c.lock()
+
+
+def model_overrides(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of the registered size that the configuration replaces."""
+    return {key: config.model[key] for key in config.model if key != "name" and config.model[key] is not None}
+
+
+def split_duration(text: str, key: str) -> tuple[float, str]:
+    """``"500B tokens"`` -> (500e9, "tokens"). Raises ConfigError naming ``key`` for anything else."""
+    match = _DURATION.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise ConfigError(
+            f"{key} = {text!r} is not a length: write a number and steps, samples or tokens, as in '500B tokens'"
+        )
+    unit = match[3] if match[3].endswith("s") else match[3] + "s"
+    return float(match[1].replace("_", "")) * _SCALES[match[2]], unit
+
+
+def duration_steps(text: str, key: str, *, global_batch: int, tokens_per_sample: int, epoch_samples: int = 0) -> int:
+    """Optimizer steps of a length such as ``"500B tokens"``.
+
+    ceil(samples / global_batch), or with ``epoch_samples`` E: ceil(samples / E) epochs of floor(E / global_batch)
+    steps, the rounding of the reference implementation, where 500B tokens at 256 a sample and batch 8192 make
+    196 x 1,220 = 239,120 steps. Warm-up lengths are never rounded to epochs.
+    """
+    amount, unit = split_duration(text, key)
+    if unit == "steps":
+        if amount != int(amount):
+            raise ConfigError(f"{key} = {text!r} is not a whole number of steps")
+        return int(amount)
+    samples = amount / tokens_per_sample if unit == "tokens" else amount
+    if epoch_samples:
+        return math.ceil(samples / epoch_samples) * (epoch_samples // global_batch)
+    return math.ceil(samples / global_batch)
+
+
+def validate(c: ml_collections.ConfigDict) -> None:
+    """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
+
+    def need(ok: bool, key: str, what: str) -> None:
+        if not ok:
+            value = c
+            for part in key.split("."):
+                value = value[part]
+            raise ConfigError(f"{key} = {value!r}: {what}")
+
+    need(c.seed >= 0, "seed", "must be 0 or more")
+    need(bool(c.data.mixture), "data.mixture", "name the mixture to train on")
+    for key in ("num_inputs", "num_targets"):
+        need(c.data[key] >= 0, f"data.{key}", "must be 0 (what the mixture says) or more")
+    need(c.train.global_batch > 0, "train.global_batch", "must be at least 1")
+    need(c.train.accumulation > 0, "train.accumulation", "must be at least 1")
+    need(
+        c.train.global_batch % c.train.accumulation == 0,
+        "train.global_batch",
+        f"must be divisible by train.accumulation = {c.train.accumulation}",
+    )
+    need(c.train.epoch_samples == 0 or c.train.epoch_samples >= c.train.global_batch, "train.epoch_samples",
+         f"must be 0 or at least train.global_batch = {c.train.global_batch}")  # fmt: skip
+    need(split_duration(c.train.total, "train.total")[0] > 0, "train.total", "must be more than nothing")
+    need(c.train.loss in ("mod", "token"), "train.loss", "must be 'mod' or 'token'")
+    need(c.train.loss_method in ("blocked", "dense"), "train.loss_method", "must be 'blocked' or 'dense'")
+    need(c.train.stop_after >= 0, "train.stop_after", "must be 0 (run to the end) or more")
+    need(c.optimizer.blr > 0, "optimizer.blr", "must be more than 0")
+    for key in ("b1", "b2", "ema"):
+        need(0 <= c.optimizer[key] < 1, f"optimizer.{key}", "must be in [0, 1)")
+    need(c.optimizer.eps > 0, "optimizer.eps", "must be more than 0")
+    need(c.optimizer.weight_decay >= 0, "optimizer.weight_decay", "must be 0 or more")
+    need(c.optimizer.clip_norm >= 0, "optimizer.clip_norm", "must be 0 (no clipping) or more")
+    need(c.optimizer.schedule in SCHEDULES, "optimizer.schedule", f"must be one of {', '.join(SCHEDULES)}")
+    split_duration(c.optimizer.warmup, "optimizer.warmup")
+    cooldown, _ = split_duration(c.optimizer.cooldown, "optimizer.cooldown")
+    need(
+        cooldown == 0 or c.optimizer.schedule != "cosine",
+        "optimizer.cooldown",
+        "the cosine schedule has none; use '0 steps'",
+    )
+    for axis in ("data", "fsdp", "tensor"):
+        need(c.mesh[axis] == -1 or c.mesh[axis] > 0, f"mesh.{axis}", "must be -1 (what is left) or at least 1")
+    need(
+        sum(c.mesh[a] == -1 for a in ("data", "fsdp", "tensor")) <= 1,
+        "mesh.data",
+        "only one axis of the mesh can be -1",
+    )
+    for key in ("checkpoint.every", "checkpoint.keep_period", "eval.every", "eval.samples", "eval.batch",
+                "eval.baseline_batches", "log.pictures_every"):  # fmt: skip
+        section, name = key.split(".")
+        need(c[section][name] >= 0, key, "must be 0 or more")
+    need(c.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1, or a run could not resume")
+    need(c.log.every > 0, "log.every", "must be at least 1")
+
+
+def from_command_line(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
+    """Reads ``[program, --config=FILE, --config.a.b=VALUE ..., --workdir=DIR]``.
+
+    Returns the validated configuration and the folder of the run. Ends the process with exit code 2 and one sentence on
+    standard error for a missing flag, an unknown key, a value of another type or out of range.
+    """
+    try:
+        return _from_command_line(list(argv))
+    except (ConfigError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _from_command_line(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "The run: a file in configs/.", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures.", flag_values=values)
+    # ml_collections reports what is wrong with a file or a key late and at length; look for it first.
+    for arg in argv[1:]:
+        if re.match(r"--?config=", arg):
+            load(arg.split("=", 1)[1])
+        elif match := re.match(r"--?(?:no)?config\.([^=]+)", arg):
+            known = _leaves(default())
+            if match[1] not in known:
+                section = [key for key in known if key.split(".")[0] == match[1].split(".")[0]]
+                raise ConfigError(modalities_lib.unknown_name(match[1], section or known, "configuration key"))
+    try:
+        rest = values(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        raise ConfigError(_wrong_type(str(error))) from None
+    if rest:
+        raise ConfigError(f"{rest[0]!r} is not a flag; {_USAGE}")
+    for name in ("config", "workdir"):
+        if not values[name].value:
+            raise ConfigError(f"--{name} is missing; {_USAGE}")
+    validate(values["config"].value)
+    return values["config"].value, values["workdir"].value
+
+
+def load(path: str) -> ml_collections.ConfigDict:
+    """The configuration that ``get_config()`` of a file returns; ``FILE.py:TEXT`` passes TEXT to it.
+
+    Raises ConfigError naming the file, and the line where one is to blame.
+    """
+    name, *argument = path.split(":", 1)
+    if not pathlib.Path(name).is_file():
+        raise ConfigError(f"there is no configuration file {name!r}")
+    try:
+        module = runpy.run_path(name)
+        config = module["get_config"](*argument)
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
+        what = "it has no function get_config()" if "get_config" not in str(error) and not lines else _plain(error)
+        raise ConfigError(f"{name}{f', line {lines[-1]}' if lines else ''}: {what}") from error
+    if not isinstance(config, _Section):
+        raise ConfigError(f"{name}: get_config() must return the configuration that fm4m.config.default() gave it")
+    return config
+
+
+_USAGE = "usage: python -m fm4m.train --config=configs/NAME.py [--config.SECTION.KEY=VALUE ...] --workdir=DIR"
+
+
+def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+    out = []
+    for key in config:
+        # A placeholder's value is None, so only its type can tell a section from a key.
+        value = config[key]
+        out += _leaves(value, f"{prefix}{key}.") if isinstance(value, _Section) else [prefix + key]
+    return out
+
+
+def _plain(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return str(text).strip() or type(error).__name__
+
+
+def _wrong_type(message: str) -> str:
+    # absl says "flag --config.a.b=x: invalid literal for int() with base 10: 'x'".
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.S)
+    if not match:
+        return message
+    value = default()
+    for part in match[1].split("."):
+        value = value.get_type(part) if part == match[1].rsplit(".", 1)[-1] else value[part]
+    return f"{match[1]} = {match[2]!r}: expected a value of type {value.__name__}"

@@ -1,0 +1,150 @@
+"""Predicts modalities from others with a trained model.
+
+This is the plain form that sample pictures and evaluation need: everything given is visible, a grid is predicted in one
+parallel step (one step of 4M's random-order decoding with all positions), a sequence greedily from left to right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from fm4m import model
+from fm4m.batch import RawBatch, Tokens, patchify
+from fm4m.modalities import FIRST_SENTINEL_ID, PAD_ID, ModalitySet
+
+
+def visible_tokens(
+    raw: RawBatch, modalities: ModalitySet, inputs: Sequence[str]
+) -> tuple[Tokens, dict[str, jax.Array]]:
+    """The encoder's side of a batch in which every token of ``inputs`` is visible.
+
+    Args:
+      raw: B samples.
+      modalities: the model's modality set.
+      inputs: names of discrete or pixel modalities, all among the set's inputs.
+
+    Returns:
+      Tokens [B, N] with N the sum of the inputs' maximal lengths, the valid ones first; and the dense vectors
+      (`PackedBatch.dense`) of the continuous inputs, zeros for those that are not shown.
+
+    Raises:
+      ValueError: an input that the encoder of this model does not have.
+    """
+    rows, index, positions, valid = [], [], [], []
+    for name in inputs:
+        if name not in modalities.inputs:
+            raise ValueError(f"modality {name!r} is no input of this model; inputs: {', '.join(modalities.inputs)}")
+        m, i = modalities[name], modalities.index(name)
+        cells = jnp.arange(m.max_tokens, dtype=jnp.int32)
+        if m.discrete:
+            codes = raw.tokens[:, modalities.slot_offset[name] :][:, : m.max_tokens]
+            row = codes.astype(jnp.int32) + modalities.input_offset[name]
+        else:
+            row = jnp.broadcast_to(cells + modalities.continuous_offset[name], (raw.size, m.max_tokens))
+        rows.append(row)
+        index.append(jnp.full_like(row, i))
+        positions.append(jnp.broadcast_to(cells + modalities.position_offset[name], row.shape))
+        valid.append(cells < raw.length[:, i : i + 1])
+    seen = jnp.concatenate(valid, 1)
+    order = jnp.argsort(~seen, axis=1, stable=True)
+    packed = [jnp.where(seen, jnp.concatenate(parts, 1), 0) for parts in (rows, index, positions)]
+    tokens = Tokens(*(jnp.take_along_axis(a, order, 1) for a in (*packed, seen)))
+    dense = {}
+    for name in modalities.continuous:
+        m = modalities[name]
+        if name in inputs and m.kind == "pixels":
+            dense[name] = patchify(jnp.asarray(raw.dense[name]), m.patch_size)
+        elif name in inputs:
+            dense[name] = jnp.pad(jnp.asarray(raw.dense[name]).astype(jnp.float32), ((0, 0), (0, 1), (0, 0)))
+        else:
+            dense[name] = jnp.zeros((raw.size, modalities.continuous_count(name), m.patch_dim), jnp.float32)
+    return tokens, dense
+
+
+def _logits(params, config, modalities: ModalitySet, name: str, hidden: jax.Array) -> jax.Array:
+    """float32 [..., vocabulary] of one modality's head for decoder states [..., D]."""
+    start, stop = modalities.output_ranges[modalities.index(name)]
+    return jnp.dot(hidden, model.head_table(params, config)[start:stop].T.astype(hidden.dtype)).astype(jnp.float32)
+
+
+def _grid(params, config, modalities: ModalitySet, name: str, encoded) -> jax.Array:
+    m, i = modalities[name], modalities.index(name)
+    shape = (encoded[0].shape[0], m.max_tokens)
+    cells = jnp.broadcast_to(jnp.arange(m.max_tokens, dtype=jnp.int32), shape)
+    query = Tokens(
+        jnp.zeros(shape, jnp.int32),
+        jnp.full(shape, i, jnp.int32),
+        cells + modalities.position_offset[name],
+        jnp.ones(shape, bool),
+    )
+    hidden = model.decode(params, config, modalities, encoded, query)
+    return jnp.argmax(_logits(params, config, modalities, name, hidden), -1).astype(jnp.int32)
+
+
+def _sequence(params, config, modalities: ModalitySet, name: str, encoded) -> jax.Array:
+    m, i = modalities[name], modalities.index(name)
+    shape = (encoded[0].shape[0], m.max_tokens)
+    slots = jnp.arange(m.max_tokens, dtype=jnp.int32)
+    position = jnp.where(slots < (m.max_positions or m.max_tokens), slots, 0) + modalities.position_offset[name]
+
+    def step(t, ids):
+        # The whole prefix is decoded again for every token; captions and boxes here are tens of tokens long.
+        prefix = Tokens(
+            ids + modalities.output_offset[name],
+            jnp.full(shape, i, jnp.int32),
+            jnp.broadcast_to(position, shape),
+            jnp.broadcast_to(slots <= t, shape),
+        )
+        hidden = model.decode(params, config, modalities, encoded, prefix)
+        last = jax.lax.dynamic_index_in_dim(hidden, t, axis=1, keepdims=False)
+        token = jnp.argmax(_logits(params, config, modalities, name, last), -1).astype(jnp.int32)
+        return jax.lax.dynamic_update_index_in_dim(ids, token, t + 1, axis=1)
+
+    # An empty sequence as input is one masked span; its target starts with that span's sentinel (4M, masking).
+    ids = jnp.full(shape, PAD_ID, jnp.int32).at[:, 0].set(FIRST_SENTINEL_ID)
+    return jax.lax.fori_loop(0, m.max_tokens - 1, step, ids)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "modalities", "inputs", "targets"))
+def _predict(params, config, modalities, raw, inputs, targets):
+    encoded = model.encode(params, config, modalities, *visible_tokens(raw, modalities, inputs))
+    decoders = {"tokens": _grid, "sequence": _sequence}
+    return {name: decoders[modalities[name].kind](params, config, modalities, name, encoded) for name in targets}
+
+
+def predict(
+    params: dict,
+    config: model.ModelConfig,
+    modalities: ModalitySet,
+    raw: RawBatch,
+    inputs: Sequence[str],
+    targets: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Predicts ``targets`` from all tokens of ``inputs``, each target on its own.
+
+    Returns:
+      int32 [B, max_tokens] a target: codes in row-major order for grids; for sequences the ids after the opening
+      sentinel, cut before the closing one and padded with `PAD_ID`.
+
+    Raises:
+      ValueError: an input or target that this model does not have.
+    """
+    for name in targets:
+        if name not in modalities.outputs:
+            raise ValueError(f"modality {name!r} is no output of this model; outputs: {', '.join(modalities.outputs)}")
+    out = _predict(params, config, modalities, raw, tuple(inputs), tuple(targets))
+    # Over several processes the samples may be spread; everyone gets all of them.
+    fetch = np.asarray if jax.process_count() == 1 else functools.partial(process_allgather, tiled=True)
+    out = {name: fetch(codes) for name, codes in out.items()}
+    for name in targets:
+        if modalities[name].kind == "sequence":
+            ids = np.concatenate([out[name][:, 1:], np.full((len(out[name]), 1), PAD_ID, np.int32)], 1)
+            closed = np.cumsum(ids == FIRST_SENTINEL_ID + 1, axis=1) > 0
+            out[name] = np.where(closed, PAD_ID, ids)
+    return out
