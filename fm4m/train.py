@@ -215,6 +215,16 @@ def train(
                             f"MFU {row['speed/mfu']:.1%}  lr {row['optimizer/lr']:.2e}")  # fmt: skip
         progress.advance()
 
+    def validate(step: int) -> None:
+        if evaluator is not None:
+            losses["end"] = evaluator(weights(state))
+            writer.write(step, _named("validation", losses["end"]))
+            log.info("step %d: validation loss %.4f", step, metrics.mean_loss(losses["end"]))
+
+    def draw(step: int) -> None:
+        if sample_pictures is not None:
+            pictures[:] = writer.pictures(step, sample_pictures(weights(state), step))
+
     try:
         for step in range(first + 1, stop + 1):
             # Nothing may cross between host and devices unnoticed. Batches are sent outside the guard: with several
@@ -238,13 +248,15 @@ def train(
                 window.pause()
                 if last or checkpoints.due(step):
                     checkpoints.save(state, describe(step, position))
-                if evaluator is not None and (last or _multiple(step, config.eval.every)):
-                    losses["end"] = evaluator(weights(state))
-                    writer.write(step, _named("validation", losses["end"]))
-                    log.info("step %d: validation loss %.4f", step, metrics.mean_loss(losses["end"]))
-                if sample_pictures is not None and (last or _multiple(step, config.log.pictures_every)):
-                    pictures = writer.pictures(step, sample_pictures(weights(state), step))
+                if last or _multiple(step, config.eval.every):
+                    validate(step)
+                if last or _multiple(step, config.log.pictures_every):
+                    draw(step)
                 window.resume()
+        if first >= steps:
+            log.info("nothing is left to train: step %d of %d is saved", first, steps)
+            validate(first)
+            draw(first)
     finally:
         progress.close()
         checkpoints.wait()
