@@ -9,7 +9,7 @@ import pytest
 
 from fm4m.layers import Attention, LayerNorm, Linear, Mlp, apply_module, attention, init_module
 from fm4m.positions import sincos_1d, sincos_2d
-from fm4m.sizes import ModelConfig
+from fm4m.sizes import ModelConfig, model_config
 
 KEY = jax.random.key(0)
 
@@ -122,3 +122,13 @@ def test_position_tables():
     np.testing.assert_array_equal(oblong[3:, 4:], oblong[:3, 4:])  # row-major: the columns repeat
     with pytest.raises(ValueError, match="multiple of 4"):
         sincos_2d((2, 2), 6)
+
+
+def test_aligned_attention_starts_with_keys_equal_to_queries():
+    for init, equal in (("aligned", True), ("xavier", False)):
+        config = model_config("fm_tiny_6e_6d_swiglu_nobias", attention_init=init)
+        params = init_module(Attention, (config,), jax.random.key(0))
+        same = np.array_equal(params["query"]["kernel"], params["key"]["kernel"])
+        assert same == equal
+    with pytest.raises(ValueError, match="Did you mean 'aligned'"):
+        model_config("fm_tiny_6e_6d_swiglu_nobias", attention_init="align")
