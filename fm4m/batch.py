@@ -137,5 +137,8 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """uint8 RGB [B, H, W, 3] to normalised patches float32 [B, (H/p)(W/p), p*p*3], flattened (row, column, channel)."""
     b, h, w, c = images.shape
     x = (images.astype(jnp.float32) / 255.0 - jnp.array(RGB_MEAN, jnp.float32)) / jnp.array(RGB_STD, jnp.float32)
-    x = x.reshape(b, h // patch_size, patch_size, w // patch_size, patch_size, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch_size * patch_size * c)
+    # One axis a reshape: where shardings are types, JAX refuses to split or join several at once.
+    x = x.reshape(b, h // patch_size, patch_size, w, c)
+    x = x.reshape(b, h // patch_size, patch_size, w // patch_size, patch_size, c).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(b, -1, patch_size, patch_size, c)
+    return x.reshape(b, -1, patch_size * patch_size * c)
