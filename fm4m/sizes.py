@@ -24,8 +24,8 @@ class ModelConfig:
       qk_norm: layer-normalise queries and keys per head.
       attention_init: ``"xavier"`` draws query and key kernels independently, as the reference implementation;
         ``"aligned"`` starts the keys as a copy of the queries, so that equal positions attend to each other from the
-        first step (in the spirit of Trockman and Kolter 2023, "Mimetic initialization of self-attention layers"). Small
-        runs then need far fewer steps to look at the right place.
+        first step (in the spirit of Trockman and Kolter 2023, "Mimetic initialization of self-attention layers").
+        Whether it helps has not been measured on its own.
       num_register_tokens: learned tokens put before the encoder's input.
       share_modality_embeddings: one modality embedding for both sides.
       tied_heads: the output head is the decoder's token table.
