@@ -25,11 +25,15 @@ demo: $(READY)
 	$(PY) -m data_pipelines.rooms.prepare --out=data/rooms
 	$(PY) -m fm4m.train --config=configs/demo.py --workdir=runs/demo
 
+# One process a core, since most of a test's time is compilation on one; a file stays in one process, because its tests
+# share fixtures.
+PYTEST := $(PY) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+
 test: $(READY)
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-fast: $(READY)
-	$(PY) -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -50,6 +50,7 @@ setuptools.setup(
         "dev": [
             "hypothesis>=6.100",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.14",
             # Photographs for the test of the feature extractor.
             "scikit-image>=0.25",

@@ -1,39 +1,18 @@
 """4M-Ti on seven modalities, with the schedule that the reference implementation released for 4M-B (none for Ti).
 
 Command:  python -m fm4m.train --config=configs/4m_ti.py --workdir=runs/4m_ti
-Prepare:  a module that registers the mixture "mod7" with your data, named in data.modules below: pixels rgb@224 (input
-          only), tok_rgb@224 (vocabulary 16,384), tok_depth@224, tok_normal@224, tok_clip@224 (8,192 each),
-          tok_semseg@224 (4,096), caption and det (30,000 each, at most 256 tokens), and the masking recipe: for half of
-          the samples all inputs from rgb@224, for half from every modality with Dirichlet concentration 0.5; targets
-          always with 0.5.
+Prepare:  a module that registers the mixture "mod7" with your data, named in --config.data.modules; what it must hold
+          is said in fm4m.recipes.mod7_pretraining.
 Cost:     not known; 24.9M parameters without tables, an eighth of 4M-B's. Never run on a TPU by us.
-Expect:   239,120 steps, peak learning rate 3.2e-3 after 4,769 steps of warm-up. We
-          have measured no loss with it, on a TPU or elsewhere.
+Expect:   239,120 steps, peak learning rate 3.2e-3 after 4,769 steps of warm-up. We have
+          measured no loss with it, on a TPU or elsewhere.
 """
 
-from fm4m import config as config_lib
+from fm4m import recipes
 
 
 def get_config():
-    c = config_lib.default()
-    c.model.name = "fm_tiny_6e_6d_swiglu_nobias"
+    c = recipes.mod7_pretraining("fm_tiny_6e_6d_swiglu_nobias")
     # Unrolled layers are faster on TPU once compiled.
     c.model.scan_layers = False
-    c.data.mixture = "mod7"
-    c.data.modules = ()
-    c.data.num_inputs = 128
-    c.data.num_targets = 128
-
-    c.train.global_batch = 8192
-    c.train.total = "500B tokens"
-    c.train.epoch_samples = config_lib.REFERENCE_EPOCH_SAMPLES
-    c.optimizer.blr = 1e-4
-    c.optimizer.warmup = "10B tokens"
-    c.optimizer.clip_norm = 0.0
-
-    c.checkpoint.every = 1220
-    c.checkpoint.keep_period = 20 * 1220
-    c.eval.every = 1220
-    c.eval.samples = 49152
-    c.log.every = 50
     return c

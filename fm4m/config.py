@@ -88,6 +88,11 @@ def default() -> ml_collections.ConfigDict:
     # One modality embedding for both sides; the output head is the decoder's token table.
     c.model.share_modality_embeddings = placeholder(bool)
     c.model.tied_heads = placeholder(bool)
+    # A decoder token sees its own modality only; and only earlier slots, of grids too.
+    c.model.decoder_sep_mask = placeholder(bool)
+    c.model.decoder_causal_mask = placeholder(bool)
+    # The MLP's hidden width is stored rounded up to a multiple of this; what is added stays zero.
+    c.model.mlp_multiple = placeholder(int)
     # One scanned layer (short compilation) or unrolled ones (faster on TPU).
     c.model.scan_layers = placeholder(bool)
     # What the backward pass keeps: none (everything), dots, projections, residual, full (nothing).
@@ -96,7 +101,7 @@ def default() -> ml_collections.ConfigDict:
     c.model.dtype = placeholder(str)
 
     c.data = _Section()
-    # The mixture (or task) to train on, and the modules whose import registers it.
+    # The mixture to train on, and the modules whose import registers it.
     c.data.mixture = "rooms"
     c.data.modules = ("data_pipelines.mixtures.rooms",)
     # Visible and predicted tokens of a sample, the two static sizes of the model's input. 0: what the mixture says.

@@ -127,7 +127,10 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """``down(act(up x))``, or gated (Shazeer 2020, "GLU variants ..."): ``down(act(gate x) * up x)``."""
+    """``down(act(up x))``, or gated (Shazeer 2020, "GLU variants ..."): ``down(act(gate x) * up x)``.
+
+    Drawn at the true hidden width, then padded with zeros to ``config.padded_mlp_dim``.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
@@ -135,6 +138,13 @@ class Mlp(nnx.Module):
         self.gate = Linear(config.dim, config.mlp_dim, config.mlp_bias, rngs=rngs) if gated else None
         self.up = Linear(config.dim, config.mlp_dim, config.mlp_bias, rngs=rngs)
         self.down = Linear(config.mlp_dim, config.dim, config.mlp_bias, rngs=rngs)
+        extra = config.padded_mlp_dim - config.mlp_dim
+        if extra:
+            for layer in (self.up, self.gate) if gated else (self.up,):
+                layer.kernel = nnx.Param(jnp.pad(layer.kernel[...], ((0, 0), (0, extra))))
+                if layer.bias is not None:
+                    layer.bias = nnx.Param(jnp.pad(layer.bias[...], (0, extra)))
+            self.down.kernel = nnx.Param(jnp.pad(self.down.kernel[...], ((0, extra), (0, 0))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]

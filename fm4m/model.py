@@ -8,6 +8,7 @@ rematerialised body. It is where sharded weights are gathered.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -132,9 +133,10 @@ def _projection_args(config: ModelConfig, modalities: ModalitySet, name: str) ->
 def param_counts(config: ModelConfig, modalities: ModalitySet) -> dict[str, int]:
     """Numbers of parameters, from shapes alone, without the padding rows of tables and rows that nothing uses.
 
-    Keys: ``encoder`` (layers and norm), ``decoder`` (layers, norm, context projection, mask token), ``trunk`` (both:
+    The columns that ``mlp_multiple`` adds are not counted. Keys: ``encoder`` (layers and norm), ``decoder`` (layers, norm, context projection, mask token), ``trunk`` (both:
     what 4M's papers call the size of the model), ``embeddings`` (tables, projections, registers, heads), ``total``.
     """
+    config = dataclasses.replace(config, mlp_multiple=1)
     shapes = jax.eval_shape(lambda k: init_params(config, modalities, k), jax.random.key(0))
 
     def size(*path: str) -> int:
@@ -233,8 +235,8 @@ def decode(
 ) -> jax.Array:
     """Runs the decoder on the query tokens [B, M]; returns hidden states [B, M, D] after the decoder's norm.
 
-    The context is the projected encoder output plus the position and modality embedding once more. A slot sees the
-    valid slots of its own modality (for sequences: those not later), and everything the encoder saw.
+    The context is the projected encoder output plus the position and modality embedding once more. Every slot sees
+    everything the encoder saw, and of the decoder what `decoder_mask` says.
     """
     use = _use(params, at_use)
     group, dtype = use("decoder_embedding"), jnp.dtype(config.dtype)
@@ -246,12 +248,28 @@ def decode(
     content = jnp.where(sequence, content, group["mask_token"].astype(dtype))
     embedding = _embedding(group, modality_table, config, modalities, tokens)
     x = _zero_invalid(content, tokens) + embedding
-    slot = jnp.arange(x.shape[1])
-    mask = tokens.valid[:, None, :] & (tokens.modality[:, :, None] == tokens.modality[:, None, :])
-    mask &= ~sequence | (slot[None, :] <= slot[:, None])
+    mask = decoder_mask(config, modalities, tokens)
     context_mask = encoded.valid[:, None, :]
     x = _run_layers("decoder", DecoderLayer, params["decoder"], config, at_use, x, context, mask, context_mask)
     return apply_module(LayerNorm, _norm_args(config), use("decoder_norm"))(x)
+
+
+def decoder_mask(config: ModelConfig, modalities: ModalitySet, tokens: Tokens) -> jax.Array:
+    """bool [B, M, M]: which valid decoder slots (last axis) each slot sees.
+
+    A sequence's token sees its modality's tokens that are not later, a grid's token all of its modality. Without
+    ``decoder_sep_mask`` both also see the modalities that come before their own in the batch; with
+    ``decoder_causal_mask`` nothing sees a later slot.
+    """
+    slot = jnp.arange(tokens.row.shape[1])
+    same = tokens.modality[:, :, None] == tokens.modality[:, None, :]
+    mask = jnp.broadcast_to(slot[None, :] <= slot[:, None], same.shape)
+    if not config.decoder_causal_mask:
+        # Tokens of a modality are contiguous, so "up to the last slot of its own" is "not later, or its own".
+        mask |= same & ~_by_modality(modalities.is_sequence, tokens)
+    if config.decoder_sep_mask:
+        mask &= same
+    return mask & tokens.valid[:, None, :]
 
 
 def forward(

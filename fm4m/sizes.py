@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fm4m.layers import ACTIVATIONS, REMAT_POLICIES
-from fm4m.modalities import unknown_name
+from fm4m.modalities import round_up, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,12 @@ class ModelConfig:
       num_register_tokens: learned tokens put before the encoder's input.
       share_modality_embeddings: one modality embedding for both sides.
       tied_heads: the output head is the decoder's token table.
+      decoder_sep_mask: a decoder token sees only its own modality. False: also all modalities before its own, in the
+        order of the packed batch.
+      decoder_causal_mask: every decoder token, of grids too, sees only itself and earlier slots.
+      mlp_multiple: the hidden width of the MLP is stored rounded up to a multiple of this. The columns beyond
+        ``mlp_dim`` start at zero and stay zero: the activation of 0 is 0, so that neither output nor gradient reaches
+        them. 128 is the width of a TPU's lanes, and 1,365, 2,730 and 5,461 are no multiples of it.
       scan_layers: run the stack as one scanned layer (short compile) instead of unrolled (faster on TPU: 131 instead of
         167 ms for a step of B on v4, by the compiler's schedule).
       remat: what the backward pass keeps, one of `fm4m.layers.REMAT_POLICIES`.
@@ -51,6 +57,9 @@ class ModelConfig:
     num_register_tokens: int = 0
     share_modality_embeddings: bool = True
     tied_heads: bool = True
+    decoder_sep_mask: bool = True
+    decoder_causal_mask: bool = False
+    mlp_multiple: int = 1
     scan_layers: bool = True
     remat: str = "none"
     dtype: str = "bfloat16"
@@ -60,6 +69,8 @@ class ModelConfig:
             raise ValueError(f"dim, depths and num_heads must be positive: {self}")
         if self.dim % self.num_heads or self.dim % 4:
             raise ValueError(f"dim {self.dim} must be a multiple of num_heads ({self.num_heads}) and of 4")
+        if self.mlp_multiple < 1 or self.mlp_dim < 1:
+            raise ValueError(f"mlp_multiple and the hidden width of the MLP must be at least 1: {self}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(unknown_name(self.activation, ACTIVATIONS, "activation"))
         if self.attention_init not in ("xavier", "aligned"):
@@ -78,6 +89,11 @@ class ModelConfig:
         """Hidden width of the MLP (of each branch, when gated)."""
         hidden = int(self.dim * self.mlp_ratio)
         return int(2 * hidden / 3) if self.gated_mlp else hidden
+
+    @property
+    def padded_mlp_dim(self) -> int:
+        """Hidden width of the MLP as stored."""
+        return round_up(self.mlp_dim, self.mlp_multiple)
 
 
 def _registered_sizes() -> dict[str, ModelConfig]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 
 from fm4m.batch import PackedBatch, Tokens
-from fm4m.modalities import Modality, ModalitySet
+from fm4m.modalities import ModalitySet
+from fm4m.modality_sets import MOD7
 
 
 def pack(inputs: dict, modalities: ModalitySet, order: list[str], num_encoder: int, num_decoder: int):
@@ -60,38 +62,5 @@ def pack(inputs: dict, modalities: ModalitySet, order: list[str], num_encoder: i
 
 def mod7(vocab: dict[str, int] | None = None, names: tuple[str, ...] = (), **kwargs) -> ModalitySet:
     """The eight modalities of 4M-7 at their true or at other vocabulary sizes; ``names`` picks some of them."""
-    sizes = {"caption": 30000, "det": 30000, "rgb@224": 0, "tok_clip@224": 8192, "tok_depth@224": 8192}
-    sizes |= {"tok_normal@224": 8192, "tok_rgb@224": 16384, "tok_semseg@224": 4096, **(vocab or {})}
-    out = []
-    for name, size in sizes.items():
-        if name in ("caption", "det"):
-            out.append(Modality(name, "sequence", size, max_tokens=256))
-        elif name == "rgb@224":
-            out.append(Modality(name, "pixels", grid=(14, 14), patch_size=16, channels=3))
-        else:
-            out.append(Modality(name, "tokens", size, grid=(14, 14)))
+    out = [dataclasses.replace(m, vocab_size=(vocab or {}).get(m.name, m.vocab_size)) for m in MOD7.modalities]
     return ModalitySet(tuple(m for m in out if not names or m.name in names), **kwargs)
-
-
-def mod21() -> ModalitySet:
-    """The nineteen domains of 4M-21."""
-    new = [Modality("t5_caption", "embedding", max_tokens=77, channels=4096)]
-    for name, length in (("metadata", 40), ("color_palette", 23), ("sam_instance", 290)):
-        new.append(Modality(name, "sequence", 30000, max_tokens=length))
-    new.append(Modality("human_poses", "sequence", 30000, max_tokens=275, max_positions=263))
-    for name in ("tok_canny_edge@224", "tok_sam_edge@224"):
-        new.append(Modality(name, "tokens", 8192, grid=(14, 14)))
-    for name in ("tok_dinov2@224", "tok_imagebind@224"):
-        new.append(Modality(name, "tokens", 8192, grid=(16, 16)))
-    for name in ("tok_dinov2_global", "tok_imagebind_global"):
-        new.append(Modality(name, "tokens", 8192, grid=(4, 4), learned_positions=True))
-    return ModalitySet((*mod7().modalities, *new))
-
-
-def super_resolution() -> ModalitySet:
-    """4M-7-SR: the eight at 224 pixels and six at 448 pixels in, the five token sets at 448 pixels out."""
-    large = [Modality("rgb@448", "pixels", grid=(28, 28), patch_size=16, channels=3)]
-    sizes = dict.fromkeys(("tok_depth@448", "tok_normal@448", "tok_clip@448"), 8192)
-    sizes |= {"tok_rgb@448": 16384, "tok_semseg@448": 4096}
-    large += [Modality(name, "tokens", size, grid=(28, 28)) for name, size in sizes.items()]
-    return ModalitySet((*mod7().modalities, *large), outputs=tuple(sizes))

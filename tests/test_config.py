@@ -130,20 +130,8 @@ def test_reference_recipes_build(name):
 
     from fm4m import model, optim, sharding, step, train
     from fm4m.masking import Masking, MaskingComponent
-    from fm4m.modalities import Modality, ModalitySet
+    from fm4m.modality_sets import MOD7
 
-    image = {"kind": "tokens", "grid": (14, 14)}
-    text = {"kind": "sequence", "vocab_size": 30000, "max_tokens": 256}
-    mod7 = ModalitySet(
-        (
-            Modality("rgb@224", "pixels", grid=(14, 14), patch_size=16, channels=3),
-            Modality("tok_rgb@224", vocab_size=16384, **image),
-            Modality("tok_semseg@224", vocab_size=4096, **image),
-            *(Modality(f"tok_{n}@224", vocab_size=8192, **image) for n in ("depth", "normal", "clip")),
-            Modality("caption", **text),
-            Modality("det", **text),
-        )
-    )
     masking = Masking(256, 256, {"*": (MaskingComponent(0.5, 0.5),)})
     c = config_lib.load(str(CONFIGS[0].with_name(f"{name}.py")))
     steps, warmup, cooldown = train.lengths(c, train.budgets(c, masking))
@@ -153,6 +141,6 @@ def test_reference_recipes_build(name):
     assert float(optimizer.schedule(4_768)) == pytest.approx(peak, rel=1e-6)
     sizes = train.make_model_config(c)
     trunk = {"4m_ti": 24_935_424, "4m_s": 59_000_832, "4m_b": 198_829_056, "4m_l": 705_744_896, "4m_xl": 2_822_971_392}
-    assert model.param_counts(sizes, mod7)["trunk"] == trunk[name]
-    state = jax.eval_shape(lambda: step.init_state(c, sizes, mod7, optimizer))
+    assert model.param_counts(sizes, MOD7)["trunk"] == trunk[name]
+    state = jax.eval_shape(lambda: step.init_state(c, sizes, MOD7, optimizer))
     sharding.state_shardings(state, sharding.make_mesh(devices=jax.devices()[:1]))

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import FIXTURES, needs_fixtures
-from reference_batches import mod7, mod21, super_resolution
 from small_model import MODALITIES, random_batch, without_tokens
 
 from fm4m.batch import PackedBatch
 from fm4m.modalities import ModalitySet
+from fm4m.modality_sets import MOD7, SETS
 from fm4m.model import (
     SIZES,
     ModelConfig,
@@ -59,14 +59,13 @@ TOTALS = {  # tied, untied
     ("base_12e_12d", "mod21"): (623_812_608, 834_404_352),
     ("large_24e_24d", "mod21"): (1_272_389_632, 1_553_178_624),
     ("xlarge_24e_24d", "mod21"): (3_956_260_864, 4_517_838_848),
-    ("large_24e_24d", "sr"): (907_184_128, 953_321_472),
+    ("large_24e_24d", "mod7_sr"): (907_184_128, 953_321_472),
 }
-SETS = {"mod7": mod7, "mod21": mod21, "sr": super_resolution}
 
 
 @pytest.mark.parametrize("name", TRUNKS)
 def test_trunk_sizes(name):
-    counts = param_counts(SIZES[name], mod7())
+    counts = param_counts(SIZES[name], MOD7)
     for part, expected in zip(("encoder", "decoder", "trunk"), TRUNKS[name], strict=True):
         assert expected is None or counts[part] == expected, part
 
@@ -75,7 +74,7 @@ def test_trunk_sizes(name):
 def test_total_sizes(stem, modalities):
     for tied, expected in zip((True, False), TOTALS[stem, modalities], strict=True):
         config = model_config(f"fm_{stem}_swiglu_nobias", tied_heads=tied)
-        assert param_counts(config, SETS[modalities]())["total"] == expected
+        assert param_counts(config, SETS[modalities])["total"] == expected
 
 
 @needs_fixtures
@@ -86,7 +85,7 @@ def test_sizes_of_all_registered_models():
         name, modalities = key.split("/")
         for field, tied in (("params_tied", True), ("params_untied", False)):
             config = model_config(name, tied_heads=tied)
-            assert param_counts(config, SETS[modalities]())["total"] == expected[field], key
+            assert param_counts(config, SETS[modalities])["total"] == expected[field], key
 
 
 def test_padding_rows_and_unused_rows_do_not_count():
