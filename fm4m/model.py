@@ -133,8 +133,9 @@ def _projection_args(config: ModelConfig, modalities: ModalitySet, name: str) ->
 def param_counts(config: ModelConfig, modalities: ModalitySet) -> dict[str, int]:
     """Numbers of parameters, from shapes alone, without the padding rows of tables and rows that nothing uses.
 
-    The columns that ``mlp_multiple`` adds are not counted. Keys: ``encoder`` (layers and norm), ``decoder`` (layers, norm, context projection, mask token), ``trunk`` (both:
-    what 4M's papers call the size of the model), ``embeddings`` (tables, projections, registers, heads), ``total``.
+    The columns that ``mlp_multiple`` adds are not counted either. Keys: ``encoder`` (layers and norm), ``decoder``
+    (layers, norm, context projection, mask token), ``trunk`` (both: what 4M's papers call the size of the model),
+    ``embeddings`` (tables, projections, registers, heads), ``total``.
     """
     config = dataclasses.replace(config, mlp_multiple=1)
     shapes = jax.eval_shape(lambda k: init_params(config, modalities, k), jax.random.key(0))
