@@ -23,6 +23,7 @@ def get_config():
     c.model.decoder_depth = 2
     c.model.num_heads = 2
     c.model.attention_init = "aligned"
+    c.model.grid_positions = "fourier"
     # CPUs have no fast bfloat16 products.
     c.model.dtype = "float32"
 

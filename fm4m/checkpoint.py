@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 import fm4m
 from fm4m.modalities import ModalitySet
 from fm4m.optim import path_name
+from fm4m.sizes import ModelConfig
 
 log = logging.getLogger("fm4m")
 
@@ -42,25 +43,43 @@ class CheckpointError(ValueError):
 
 
 def make_meta(
-    *, step: int, position: int, seed: int, mixture: Mapping, modalities: ModalitySet, model: Any, config: Mapping
+    *,
+    step: int,
+    position: int,
+    seed: int | None,
+    mixture: Mapping | None,
+    modalities: ModalitySet,
+    model: Any,
+    config: Mapping,
+    origin: Mapping | None = None,
 ) -> dict:
     """The JSON-able description that is stored beside the arrays.
 
     Args:
       step: optimizer steps made.
       position: samples of the training stream consumed.
-      seed: seed of the run.
-      mixture: `Stream.resolved`, with the masking recipe.
+      seed: seed of the run; None for imported weights.
+      mixture: `Stream.resolved`, with the masking recipe; None for imported weights.
       modalities: the modality set.
       model: the model's configuration, a dataclass.
       config: the whole configuration, a nested dict.
+      origin: where imported weights came from.
     """
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
     versions |= {"fm4m": fm4m.__version__, "python": platform.python_version()}
     return _plain({
         "format": FORMAT, "step": step, "position": position, "seed": seed, "mixture": mixture,
         "modalities": modalities.to_dict(), "model": dataclasses.asdict(model), "config": config, "versions": versions,
+        **({"origin": origin} if origin else {}),
     })  # fmt: skip
+
+
+def model_of(meta: Mapping) -> ModelConfig:
+    """The model's configuration in a description. Raises CheckpointError if this version cannot represent it."""
+    try:
+        return ModelConfig(**meta["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's model cannot be built by fm4m {fm4m.__version__}: {error}") from error
 
 
 def check_same_run(saved: Mapping, now: Mapping, workdir: str | os.PathLike) -> None:
@@ -71,6 +90,8 @@ def check_same_run(saved: Mapping, now: Mapping, workdir: str | os.PathLike) -> 
     """
     found = []
     for part, where in IDENTITY.items():
+        if saved.get(part) is None:  # imported weights do not say what they were trained on
+            continue
         for path, old, new in _differences(saved.get(part), now.get(part), part):
             found.append(f"{path} was {old!r}, is {new!r} (see {where})")
     if found:
@@ -202,6 +223,11 @@ def load_params(
 
     Raises CheckpointError if there is no such checkpoint; it names those there are.
     """
+    return load_part(workdir, step, "ema" if ema else "params")
+
+
+def load_part(workdir: str | os.PathLike, step: int | None, part: str) -> tuple[dict[str, Any], dict]:
+    """One part of a stored train state ("params", "ema", "opt_state"), and its description; see `load_params`."""
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
     if not steps or (step is not None and step not in steps):
@@ -211,12 +237,11 @@ def load_params(
     checkpoints = Checkpoints(workdir)
     try:
         meta = checkpoints.meta(step)
-        name = "ema" if ema else "params"
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), checkpoints.shapes(step, name)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), checkpoints.shapes(step, part)
         )
-        return checkpoints.restore(step, {name: abstract})[name], meta
+        return checkpoints.restore(step, {part: abstract})[part], meta
     finally:
         checkpoints.close()
 

@@ -83,6 +83,8 @@ def default() -> ml_collections.ConfigDict:
     c.model.qk_norm = placeholder(bool)
     # "xavier", or "aligned": keys start equal to queries, so that equal positions attend to each other at once.
     c.model.attention_init = placeholder(str)
+    # "sincos", or "fourier": neighbouring cells of a grid are easy to tell apart.
+    c.model.grid_positions = placeholder(str)
     # Learned tokens in front of the encoder's input.
     c.model.num_register_tokens = placeholder(int)
     # One modality embedding for both sides; the output head is the decoder's token table.

@@ -32,14 +32,9 @@ def visible_tokens(
     Returns:
       Tokens [B, N] with N the sum of the inputs' maximal lengths, the valid ones first; and the dense vectors
       (`PackedBatch.dense`) of the continuous inputs, zeros for those that are not shown.
-
-    Raises:
-      ValueError: an input that the encoder of this model does not have.
     """
     rows, index, positions, valid = [], [], [], []
     for name in inputs:
-        if name not in modalities.inputs:
-            raise ValueError(f"modality {name!r} is no input of this model; inputs: {', '.join(modalities.inputs)}")
         m, i = modalities[name], modalities.index(name)
         cells = jnp.arange(m.max_tokens, dtype=jnp.int32)
         if m.discrete:
@@ -108,14 +103,35 @@ def _sequence(params, config, modalities: ModalitySet, name: str, encoded) -> ja
 
     # An empty sequence as input is one masked span; its target starts with that span's sentinel (4M, masking).
     ids = jnp.full(shape, PAD_ID, jnp.int32).at[:, 0].set(FIRST_SENTINEL_ID)
-    return jax.lax.fori_loop(0, m.max_tokens - 1, step, ids)
+    ids = jax.lax.fori_loop(0, m.max_tokens - 1, step, ids)
+    ids = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=PAD_ID)
+    closed = jnp.cumsum(ids == FIRST_SENTINEL_ID + 1, axis=1) > 0
+    return jnp.where(closed, PAD_ID, ids)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "modalities", "inputs", "targets"))
-def _predict(params, config, modalities, raw, inputs, targets):
+def check_names(modalities: ModalitySet, inputs: Sequence[str], targets: Sequence[str]) -> None:
+    """Raises ValueError naming an input or target that a model with this modality set does not have."""
+    for side, names, known in (("input", inputs, modalities.inputs), ("output", targets, modalities.outputs)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"modality {name!r} is no {side} of this model; {side}s: {', '.join(known)}")
+
+
+def predict_ids(
+    params: dict,
+    config: model.ModelConfig,
+    modalities: ModalitySet,
+    raw: RawBatch,
+    inputs: Sequence[str],
+    targets: Sequence[str],
+) -> dict[str, jax.Array]:
+    """`predict` as a function that can be traced: all but ``params`` and ``raw`` are static."""
     encoded = model.encode(params, config, modalities, *visible_tokens(raw, modalities, inputs))
     decoders = {"tokens": _grid, "sequence": _sequence}
     return {name: decoders[modalities[name].kind](params, config, modalities, name, encoded) for name in targets}
+
+
+_predict = jax.jit(predict_ids, static_argnames=("config", "modalities", "inputs", "targets"))
 
 
 def predict(
@@ -135,16 +151,8 @@ def predict(
     Raises:
       ValueError: an input or target that this model does not have.
     """
-    for name in targets:
-        if name not in modalities.outputs:
-            raise ValueError(f"modality {name!r} is no output of this model; outputs: {', '.join(modalities.outputs)}")
+    check_names(modalities, inputs, targets)
     out = _predict(params, config, modalities, raw, tuple(inputs), tuple(targets))
     # Over several processes the samples may be spread; everyone gets all of them.
     fetch = np.asarray if jax.process_count() == 1 else functools.partial(process_allgather, tiled=True)
-    out = {name: fetch(codes) for name, codes in out.items()}
-    for name in targets:
-        if modalities[name].kind == "sequence":
-            ids = np.concatenate([out[name][:, 1:], np.full((len(out[name]), 1), PAD_ID, np.int32)], 1)
-            closed = np.cumsum(ids == FIRST_SENTINEL_ID + 1, axis=1) > 0
-            out[name] = np.where(closed, PAD_ID, ids)
-    return out
+    return {name: fetch(codes) for name, codes in out.items()}

@@ -34,6 +34,11 @@ REMAT_POLICIES = {
     "full": _policies.nothing_saveable,
 }
 
+# attention_init="aligned": how much larger query and key kernels start, and how much smaller the projection of the
+# encoder's output into the decoder. See `fm4m.sizes.ModelConfig`.
+ALIGNED_GAIN = 3.0
+ALIGNED_CONTEXT = 0.3
+
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 
@@ -105,6 +110,7 @@ class Attention(nnx.Module):
         self.query = Linear(config.dim, config.dim, config.qkv_bias, rngs=rngs)
         self.key = Linear(config.dim, config.dim, config.qkv_bias, rngs=rngs)
         if config.attention_init == "aligned":
+            self.query.kernel = nnx.Param(ALIGNED_GAIN * self.query.kernel[...])
             self.key.kernel = nnx.Param(self.query.kernel[...])
         self.value = Linear(config.dim, config.dim, config.qkv_bias, rngs=rngs)
         self.out = Linear(config.dim, config.dim, config.proj_bias, rngs=rngs)

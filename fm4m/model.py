@@ -20,7 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm4m.batch import PackedBatch, Tokens
-from fm4m.layers import REMAT_POLICIES, DecoderLayer, EncoderLayer, LayerNorm, Linear, apply_module, init_module
+from fm4m.layers import (
+    ALIGNED_CONTEXT,
+    REMAT_POLICIES,
+    DecoderLayer,
+    EncoderLayer,
+    LayerNorm,
+    Linear,
+    apply_module,
+    init_module,
+)
 from fm4m.modalities import ModalitySet
 from fm4m.positions import fixed_position_table
 from fm4m.sizes import SIZES, ModelConfig, model_config
@@ -104,11 +113,15 @@ def init_params(config: ModelConfig, modalities: ModalitySet, key: jax.Array) ->
         }
     if config.num_register_tokens:
         encoder["registers"] = normal("registers", config.num_register_tokens, dim)
+    context = init_module(Linear, _context_args(config), key_of("context_projection"))
+    if config.attention_init == "aligned":
+        # The decoder then looks for positions first, which the context holds beside the projected content.
+        context["kernel"] = ALIGNED_CONTEXT * context["kernel"]
     params = {
         "encoder_embedding": encoder,
         "encoder": layers("encoder", EncoderLayer, config.encoder_depth),
         "encoder_norm": init_module(LayerNorm, _norm_args(config), key_of("encoder_norm")),
-        "context_projection": init_module(Linear, _context_args(config), key_of("context_projection")),
+        "context_projection": context,
         "decoder_embedding": decoder,
         "decoder": layers("decoder", DecoderLayer, config.decoder_depth),
         "decoder_norm": init_module(LayerNorm, _norm_args(config), key_of("decoder_norm")),
@@ -307,7 +320,7 @@ def _embedding(
     group: Params, modality_table: jax.Array, config: ModelConfig, modalities: ModalitySet, tokens: Tokens
 ) -> jax.Array:
     """Position plus modality embedding [B, N, D] in the compute dtype, 0 at invalid slots."""
-    fixed = fixed_position_table(modalities, config.dim)
+    fixed = fixed_position_table(modalities, config.dim, config.grid_positions)
     learned = group.get("positions")
     if not len(fixed):
         position = take_rows(learned, tokens.position)

@@ -110,7 +110,7 @@ class SampleSheet:
         texts = [shower.tokenizer.decode([int(i) for i in row]) for row in codes]
         if shower.kind == "text":
             return texts
-        from fm4m.tokenizers import boxes
+        from fm4m.transforms import boxes
 
         pixels = next((n for n in self.modalities.continuous if self.modalities[n].kind == "pixels"), None)
         blank = np.full((len(codes), 64, 64, 3), 255, np.uint8)
@@ -123,7 +123,7 @@ def draw_sheet(columns: Sequence[tuple[str, list]], row_names: Sequence[str], no
 
     Args:
       columns: (title, samples), each sample a list with one entry a row name: a uint8 picture [h, w, 3], a string, a
-        pair (picture, list of `fm4m.tokenizers.boxes.Box`), or None for an empty cell.
+        pair (picture, list of `fm4m.transforms.boxes.Box`), or None for an empty cell.
       row_names: what the lines of one sample are called.
       note: printed above everything.
 

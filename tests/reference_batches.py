@@ -12,11 +12,18 @@ from fm4m.modalities import ModalitySet
 from fm4m.modality_sets import MOD7
 
 
-def pack(inputs: dict, modalities: ModalitySet, order: list[str], num_encoder: int, num_decoder: int):
+def pack(
+    inputs: dict,
+    modalities: ModalitySet,
+    order: list[str],
+    num_encoder: int,
+    num_decoder: int,
+    decoder_order: list[str] | None = None,
+) -> PackedBatch:
     """A PackedBatch of numpy arrays from a batch of the reference's masking.
 
     ``inputs[name]`` has ``tensor``, ``input_mask`` and ``target_mask`` (True: masked out); pixels are [B, C, H, W] and
-    normalised already. ``order`` is the order of modalities on both sides.
+    normalised already. ``order`` is the order of modalities; ``decoder_order`` the decoder's, if it is another.
     """
     size = len(inputs[order[0]]["input_mask"])
     encoder = np.zeros((4, size, num_encoder), np.int32)
@@ -32,7 +39,7 @@ def pack(inputs: dict, modalities: ModalitySet, order: list[str], num_encoder: i
             x = np.pad(x, ((0, 0), (0, modalities.continuous_count(name) - x.shape[1]), (0, 0)))
         dense[name] = x
     for b in range(size):
-        seen, asked = [], []
+        seen, asked = [], {name: [] for name in decoder_order or order}
         for name in order:
             m, index, base = modalities[name], modalities.index(name), modalities.position_offset[name]
             visible = np.flatnonzero(~inputs[name]["input_mask"][b])
@@ -43,17 +50,19 @@ def pack(inputs: dict, modalities: ModalitySet, order: list[str], num_encoder: i
                 row = modalities.input_offset[name] + ids[visible] if m.discrete else visible
                 first = 0 if m.discrete else modalities.continuous_offset[name]
                 seen += [(first + r, index, base + p, 1) for r, p in zip(row, position)]
-            if name not in modalities.outputs:
+            if name not in modalities.outputs or name not in asked:
                 continue
             first = modalities.output_offset[name]
             if m.kind == "sequence":
                 limit = m.max_positions or m.max_tokens
                 for p, (t, following) in enumerate(itertools.pairwise(target)):
                     if following == t + 1:
-                        asked.append((first + ids[t], index, base + (p if p < limit else 0), 1, first + ids[t + 1]))
+                        at = base + (p if p < limit else 0)
+                        asked[name].append((first + ids[t], index, at, 1, first + ids[t + 1]))
             else:
-                asked += [(0, index, base + t, 1, first + ids[t]) for t in target]
-        for array, rows in ((encoder, seen[:num_encoder]), (decoder, asked[:num_decoder])):
+                asked[name] += [(0, index, base + t, 1, first + ids[t]) for t in target]
+        queries = list(itertools.chain.from_iterable(asked.values()))
+        for array, rows in ((encoder, seen[:num_encoder]), (decoder, queries[:num_decoder])):
             if rows:
                 array[:, b, : len(rows)] = np.array(rows).T
     sides = [Tokens(a[0], a[1], a[2], a[3].astype(bool)) for a in (encoder, decoder)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fm4m.layers import Attention, LayerNorm, Linear, Mlp, apply_module, attention, init_module
-from fm4m.positions import sincos_1d, sincos_2d
+from fm4m.positions import fourier, grid_positions, sincos, sincos_1d
 from fm4m.sizes import ModelConfig, model_config
 
 KEY = jax.random.key(0)
@@ -111,17 +111,35 @@ def test_mlps():
 
 
 def test_position_tables():
-    one, two = sincos_1d(512, 384), sincos_2d((14, 14), 384)
+    one, two = sincos_1d(512, 384), grid_positions((14, 14), 384)
     expected = [0.8414710, 0.8152506, 0.7885930, 0.5403023, 0.5791082]
     np.testing.assert_allclose(one[1, [0, 1, 2, 192, 193]], expected, atol=1e-6)
     np.testing.assert_allclose(one[511, 191], 0.0535854, atol=1e-6)
     expected = [0, 1, 0.8414710, 0.7885930, 0.5403023]
     np.testing.assert_allclose(two[1, [0, 96, 192, 193, 288]], expected, atol=1e-6)
     np.testing.assert_allclose(two[14, [0, 1, 96, 192, 288]], [0.8414710, 0.7885930, 0.5403023, 0, 1], atol=1e-6)
-    oblong = sincos_2d((2, 3), 8)
+    oblong = grid_positions((2, 3), 8)
     np.testing.assert_array_equal(oblong[3:, 4:], oblong[:3, 4:])  # row-major: the columns repeat
     with pytest.raises(ValueError, match="multiple of 4"):
-        sincos_2d((2, 2), 6)
+        grid_positions((2, 2), 6)
+
+
+def test_fourier_positions_tell_neighbouring_cells_apart():
+    near, far = (p @ p.T / 32 for p in (sincos(np.arange(32), 64), fourier(np.arange(32), 64)))
+    np.testing.assert_allclose(np.diagonal(near), 1)
+    assert near[0, 1] > 0.96
+    np.testing.assert_allclose(far, np.eye(32), atol=1e-12)
+    table = grid_positions((3, 4), 32, "fourier")
+    np.testing.assert_allclose(table @ table.T / 8 - 1, np.eye(12) + same_row_or_column((3, 4)) - 1, atol=1e-12)
+    with pytest.raises(ValueError, match="more than twice"):
+        fourier(np.arange(33), 64)
+    with pytest.raises(ValueError, match="Did you mean 'fourier'"):
+        model_config("fm_tiny_6e_6d_swiglu_nobias", grid_positions="furier")
+
+
+def same_row_or_column(grid):
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    return (row[:, None] == row).astype(float) + (column[:, None] == column) - np.eye(len(row))
 
 
 def test_aligned_attention_starts_with_keys_equal_to_queries():

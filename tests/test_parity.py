@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import pathlib
 import zlib
 
 import jax
@@ -12,10 +14,14 @@ import numpy as np
 import pytest
 from fixtures import FIXTURES, needs_fixtures
 from reference_batches import mod7, pack
-from reference_weights import from_params, key_slots, reference_keys, to_params
 
+from fm4m import optim
+from fm4m.interop.layout import Layout
+from fm4m.interop.ml4m import Source
 from fm4m.loss import cross_entropy_sums, modality_weights
-from fm4m.model import ModelConfig, decode, encode, forward, head_table, init_params, model_config
+from fm4m.model import decode, decoder_mask, encode, forward, head_table, model_config
+
+PARITY = (FIXTURES or pathlib.Path("absent")) / "parity"
 
 
 @pytest.fixture(autouse=True)
@@ -34,18 +40,17 @@ GOLDEN_NAMES = ("caption", "rgb@224", "tok_rgb@224")
 
 
 def golden_params(config, modalities):
-    shapes = jax.eval_shape(lambda k: init_params(config, modalities, k), jax.random.key(0))
-    keys = reference_keys(config, modalities)
-    state = from_params(jax.tree.map(lambda a: np.zeros(a.shape, np.float32), shapes), keys, config, modalities)
+    layout = Layout(config, modalities)
+    params = layout.zeros()
     named = {}  # a tensor with two names takes its value from the alphabetically first
-    for key in sorted(keys):
-        named.setdefault(repr(key_slots(key, config, modalities)), key)
-    for key in keys:
-        name = named[repr(key_slots(key, config, modalities))]
-        values = 0.1 * np.sin(0.37 * np.arange(state[key].size) + zlib.crc32(name.encode()) % 1000)
+    for key in sorted(layout.parameters):
+        named.setdefault(repr(layout.slots(key)), key)
+    for key in layout.parameters:
+        name, shape = named[repr(layout.slots(key))], layout.shape(key)
+        values = 0.1 * np.sin(0.37 * np.arange(math.prod(shape)) + zlib.crc32(name.encode()) % 1000)
         values += 1.0 if "norm" in name and name.endswith(".weight") else 0.0
-        state[key] = values.reshape(state[key].shape)
-    return to_params(state, config, modalities)
+        layout.set(params, key, values.reshape(shape).astype(np.float32))
+    return params
 
 
 def golden_batch(modalities):
@@ -93,25 +98,35 @@ def test_golden_losses(name):
             np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-# ---- trained weights, intermediate values, gradients
+# ---- cases that the reference wrote: weights, batches, intermediate values, gradients, a training run
 
 
-@pytest.fixture(scope="module")
-def case():
-    from safetensors.numpy import load_file
+CASES = sorted(p.name.removesuffix("_weights.safetensors") for p in PARITY.glob("fm_*_weights.safetensors"))
+TRAINED = sorted(p.name.removesuffix("_weights.safetensors") for p in PARITY.glob("train_*_weights.safetensors"))
 
-    folder = FIXTURES / "parity"
-    meta = json.loads((folder / "fm_swiglu_rgb_meta.json").read_text())
-    io = dict(np.load(folder / "fm_swiglu_rgb_io.npz"))
-    grads = dict(np.load(folder / "fm_swiglu_rgb_grads.npz"))
-    info = meta["modality_info"]
-    modalities = mod7({name: fields["vocab_size"] for name, fields in info.items() if "vocab_size" in fields})
-    # The weights keep separate tensors for the decoder's tokens and its head.
-    config = ModelConfig(64, 2, 2, num_heads=4, tied_heads=False, dtype="float32")
-    params = to_params(load_file(folder / "fm_swiglu_rgb_weights.safetensors"), config, modalities)
-    fields = ("tensor", "input_mask", "target_mask")
-    inputs = {name: {field: io[f"in/{name}/{field}"] for field in fields} for name in meta["batch_order"]}
-    return meta, io, grads, modalities, config, params, inputs
+
+class Case:
+    """One case: its description, its arrays, and the model opened through the importer."""
+
+    def __init__(self, name: str, **options):
+        self.meta = json.loads((PARITY / f"{name}_meta.json").read_text())
+        self.io = dict(np.load(PARITY / f"{name}_io.npz"))
+        source = Source(PARITY / f"{name}_weights.safetensors", **options)
+        self.config = dataclasses.replace(source.config, dtype="float32")
+        self.modalities, self.layout, self.params = source.modalities, source.layout, source.load().params
+        source.close()
+
+    def batch(self, prefix: str, options: dict):
+        fields, order = ("tensor", "input_mask", "target_mask"), self.meta.get("batch_order")
+        order = order or sorted({key.split("/")[1] for key in self.io if key.startswith(f"{prefix}/")})
+        inputs = {n: {f: self.io[f"{prefix}/{n}/{f}"] for f in fields if f"{prefix}/{n}/{f}" in self.io} for n in order}
+        sizes = options["num_encoder_tokens"], options["num_decoder_tokens"]
+        return pack(inputs, self.modalities, order, *sizes, decoder_order=options.get("decoder_order", order))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return Case(request.param)
 
 
 @needs_fixtures
@@ -119,45 +134,59 @@ def case():
     "variant", [None, "trunc_80_72", "pad_200_200", "causal0_sep0", "causal1_sep1", "causal1_sep0"]
 )
 def test_hidden_states_and_logits(case, variant):
-    meta, io, _, modalities, config, params, inputs = case
-    options = meta | (meta["variants"][variant] if variant else {})
-    sizes = options["num_encoder_tokens"], options["num_decoder_tokens"]
+    if variant and variant not in case.meta.get("variants", {}):
+        pytest.skip(f"{case.meta['case']} has no variant {variant}")
+    options = case.meta | (case.meta["variants"][variant] if variant else {})
     masks = ("decoder_sep_mask", "decoder_causal_mask")
-    config = dataclasses.replace(config, **{mask: options[mask] for mask in masks if mask in options})
-    # Both orders are alphabetical here; the decoder's lacks the pixels only.
-    batch = pack(inputs, modalities, meta["batch_order"], *sizes)
+    config = dataclasses.replace(case.config, **{mask: options[mask] for mask in masks if mask in options})
+    modalities, params, io = case.modalities, case.params, case.io
+    batch = case.batch("in", options)
     encoded = jax.jit(encode, static_argnums=(1, 2))(params, config, modalities, batch.encoder, batch.dense)
     hidden = jax.jit(decode, static_argnums=(1, 2))(params, config, modalities, encoded, batch.decoder)
     prefix = f"variant/{variant}/" if variant else "out/"
-    seen, asked = batch.encoder.valid, batch.decoder.valid
+    registers = encoded.valid.shape[1] - batch.encoder.valid.shape[1]
+    seen, asked = np.asarray(encoded.valid), batch.decoder.valid
+    hides = ~np.asarray(decoder_mask(config, modalities, batch.decoder))
+    # The reference counts a truncated grid's hidden slots too; they are padding here.
+    pairs = asked[:, :, None] & asked[:, None, :]
     compared = 0
     for key, ours, valid in (
         ("enc/mask", ~seen, slice(None)),
         ("enc/emb", encoded.embedding, seen),
         ("enc/out", encoded.hidden, seen),
         ("dec/mask", ~asked, slice(None)),
+        ("dec/attention_mask", hides, pairs),
+        ("dec/target_ids", batch.target - np.asarray(output_offsets(modalities))[batch.decoder.modality], asked),
         ("dec/out", hidden, asked),
     ):
         if prefix + key in io:
-            np.testing.assert_allclose(np.asarray(ours)[valid], io[prefix + key][valid], atol=5e-5, err_msg=key)
+            expected = io[prefix + key]
+            if key == "enc/mask" and expected.shape[1] < seen.shape[1]:
+                ours = ours[:, registers:]
+            tolerance = 0 if expected.dtype.kind in "biu" else 5e-5
+            np.testing.assert_allclose(np.asarray(ours)[valid], expected[valid], rtol=0, atol=tolerance, err_msg=key)
             compared += 1
     head = np.asarray(head_table(params, config))
     for name in modalities.outputs:
         start, stop = modalities.output_ranges[modalities.index(name)]
         own = asked & (batch.decoder.modality == modalities.index(name))
-        logits = np.asarray(hidden)[own] @ head[start:stop].T
         key = f"{prefix}logits_own/{name}"
         if key in io:
-            np.testing.assert_allclose(logits, io[key], atol=5e-5, err_msg=name)
+            logits = np.asarray(hidden)[own] @ head[start:stop].T
+            np.testing.assert_allclose(logits, io[key], atol=5e-5, rtol=0, err_msg=name)
             compared += 1
     assert compared > 1, f"nothing to compare for {variant}"
+
+
+def output_offsets(modalities):
+    return [modalities.output_offset.get(name, 0) for name in modalities.names]
 
 
 @needs_fixtures
 @pytest.mark.parametrize("method", ["dense", "blocked"])
 def test_losses_and_gradients(case, method):
-    meta, io, grads, modalities, config, params, inputs = case
-    batch = pack(inputs, modalities, meta["batch_order"], meta["num_encoder_tokens"], meta["num_decoder_tokens"])
+    config, modalities, layout, io = case.config, case.modalities, case.layout, case.io
+    batch = case.batch("in", case.meta)
 
     @jax.jit
     def loss(params):
@@ -165,31 +194,58 @@ def test_losses_and_gradients(case, method):
         sums, counts = cross_entropy_sums(hidden, head_table(params, config), batch, modalities, method)
         return (modality_weights(counts, modalities) * sums).sum(), sums / jnp.maximum(counts, 1)
 
-    (total, means), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    (total, means), gradient = jax.value_and_grad(loss, has_aux=True)(case.params)
     assert abs(float(total) - io["out/loss_mod/total"]) <= 1e-5
     for name in modalities.outputs:
         assert abs(float(means[modalities.index(name)]) - io[f"out/loss_mod/{name}"]) <= 1e-5, name
-    ours = from_params(gradient, [str(n) for n in io["grad/names"]], config, modalities)
     compared = 0
-    for name, norm in zip(io["grad/names"], io["grad/mod_norms"], strict=True):
+    for name, norm in zip(map(str, io["grad/names"]), io["grad/mod_norms"], strict=True):
+        if name not in layout.parameters:
+            continue  # one of the reference's constants
+        ours = layout.get(gradient, name)
         if np.isnan(norm):  # the reference gives no gradient: the decoder's unused tokens of image modalities
-            assert not ours[str(name)].any(), name
+            assert not ours.any(), name
             continue
-        np.testing.assert_allclose(np.linalg.norm(ours[str(name)].astype(np.float64)), norm, rtol=2e-4, err_msg=name)
+        np.testing.assert_allclose(np.linalg.norm(ours.astype(np.float64)), norm, rtol=2e-4, err_msg=name)
         compared += 1
     assert compared > 60
-    for name, expected in grads.items():
-        name = name.removeprefix("grad/")
-        np.testing.assert_allclose(ours[name].ravel(), expected.ravel(), atol=2e-6, rtol=2e-4, err_msg=name)
+    path = PARITY / f"{case.meta['case']}_grads.npz"
+    for name, expected in dict(np.load(path)).items() if path.is_file() else ():
+        ours = layout.get(gradient, name.removeprefix("grad/"))
+        np.testing.assert_allclose(ours.ravel(), expected.ravel(), atol=2e-6, rtol=2e-4, err_msg=name)
 
 
 @needs_fixtures
-def test_weights_survive_the_way_back(case):
-    from safetensors.numpy import load_file
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_run_step_by_step(name):
+    case = Case(name, tie_heads=True)
+    config, modalities, io, o = case.config, case.modalities, case.io, case.meta["optimizer"]
+    # The table of learning rates is given; 4M's own schedule is tested with the optimizer.
+    rates = jnp.asarray(io["traj/lr"], jnp.float32)
+    optimizer = optim.adamw(
+        lambda step: rates[step], b1=o["betas"][0], b2=o["betas"][1], eps=o["eps"], weight_decay=o["weight_decay"],
+        clip_norm=o["clip_grad_norm"],
+    )  # fmt: skip
+    batches = [case.batch(f"in{i}", case.meta) for i in range(case.meta["batches"])]
 
-    *_, modalities, config, params, _ = case
-    state = load_file(FIXTURES / "parity" / "fm_swiglu_rgb_weights.safetensors")
-    keys = [k for k in reference_keys(config, modalities) if k in state]
-    for key, tensor in from_params(params, keys, config, modalities).items():
-        np.testing.assert_array_equal(tensor.ravel(), state[key].ravel(), err_msg=key)
-    assert {k for k in state if not k.endswith((".pos_emb", "norm.bias", "norm1.bias", "norm2.bias"))} <= set(keys)
+    @jax.jit
+    def step(params, opt_state, i, batch):
+        def loss(params):
+            hidden = forward(params, config, modalities, batch)
+            sums, counts = cross_entropy_sums(hidden, head_table(params, config), batch, modalities)
+            return (modality_weights(counts, modalities) * sums).sum()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        params, opt_state, metrics = optimizer.update(gradient, opt_state, params, i)
+        return params, opt_state, value, metrics["grad_norm"]
+
+    params, opt_state = case.params, optimizer.init(case.params)
+    for i in range(case.meta["steps"]):
+        params, opt_state, loss, norm = step(params, opt_state, jnp.int32(i), batches[i % len(batches)])
+        assert abs(float(loss) - io["traj/loss"][i]) <= 2e-5, i
+        assert float(norm) == pytest.approx(io["traj/grad_norm_before_clip"][i], rel=2e-4), i
+    finals = [key for key in io if key.startswith("final/")]
+    assert finals
+    for key in finals:
+        ours = case.layout.get(params, key.removeprefix("final/"))
+        np.testing.assert_allclose(ours.ravel(), io[key].ravel(), rtol=0, atol=2e-5, err_msg=key)

@@ -6,7 +6,7 @@ import pytest
 from fm4m import pictures
 from fm4m.batch import RawBatch
 from fm4m.modalities import Modality, ModalitySet
-from fm4m.tokenizers.boxes import Box
+from fm4m.transforms.boxes import Box
 
 
 def test_sheet_holds_every_cell_where_the_layout_says():

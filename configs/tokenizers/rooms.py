@@ -46,7 +46,7 @@ def get_config(domain: str) -> ml_collections.ConfigDict:
     model.image_size = (64, 64)
     model.patch_size = 8
     model.channels = CHANNELS[domain]
-    model.codebook_size = 1024 if domain in ("rgb", "features") else 512
+    model.codebook_size = 1024 if domain in ("rgb", "features") else 128
     model.latent_dim = 32
     model.norm_latents = True
     model.mlp_ratio = 3.0

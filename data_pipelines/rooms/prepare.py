@@ -149,7 +149,7 @@ def texts(pack: RoomsPack, name: str, tokenizer, modality: Modality) -> list[lis
 
     Boxes that do not fit are left out, smallest first. A caption that does not fit is cut before its [EOS].
     """
-    from fm4m.tokenizers import boxes
+    from fm4m.transforms import boxes
 
     limit, ids = modality.max_tokens, []
     for i in range(len(pack)):

@@ -1,10 +1,10 @@
-"""Tokenizers: arrays, text and boxes to sequences of integers and back.
+"""Tokenizers: arrays and text to sequences of integers and back.
 
     io.load(path)              a Tokenizer for one image-like modality (ViT VQ-VAE), from one safetensors file
     text.TextTokenizer.load    WordPiece with the special-token layout of 4M
-    boxes                      bounding boxes as text
     train                      python -m fm4m.tokenizers.train --config=configs/tokenizers/rooms.py:rgb --out=...
     train_text                 python -m fm4m.tokenizers.train_text --pack=... --out=text.json
 
-Nothing is imported here, so that a data-loading process that needs `text` or `boxes` does not pay for JAX.
+Nothing is imported here, so that a data-loading process that needs `text` does not pay for JAX. What writes boxes,
+poses and other records as text is `fm4m.transforms`.
 """

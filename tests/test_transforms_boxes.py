@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fm4m.tokenizers import boxes, text
-from fm4m.tokenizers.boxes import Box
-from tests.fixtures import FIXTURES
+from fm4m.tokenizers import text
+from fm4m.transforms import boxes, crops, values
+from fm4m.transforms.boxes import Box
+from tests.fixtures import needs_fixtures
+from tests.transform_fixtures import garbage, quick, seeds, strings
 
 WORD_CHARACTERS = "abcdefghijklmnopqrstuvwxyz"
 names = st.one_of(st.sampled_from(text.COCO_CLASSES), st.text(WORD_CHARACTERS, min_size=1, max_size=8))
@@ -24,25 +25,95 @@ def box_strategy(draw) -> Box:
     return Box(x[0] / 999, y[0] / 999, x[1] / 999, y[1] / 999, draw(names), score)
 
 
+@needs_fixtures
 def test_strings_equal_the_reference():
-    if FIXTURES is None:
-        pytest.skip("the strings written by the reference implementation are not beside this checkout")
-    exact = json.loads((FIXTURES / "transforms" / "transforms_exact.json").read_text())
+    exact = strings()
     instances = [Box(*i["boxes"], i["class_name"], i["score"]) for i in exact["detection_instances"]]
-    compared = 0
     for case in exact["detection"]:
-        if (case["bbox_order"], case["coord_bins"], case["min_visibility"]) != ("dist_to_orig", 1000, 0.0):
-            continue
-        top, left, height, width = case["crop_coords_top_left_h_w"]
-        full_height, full_width = case["orig_size_h_w"]
-        window = left / full_width, top / full_height, (left + width) / full_width, (top + height) / full_height
-        ours = boxes.to_text(instances, case["det_threshold"], window, bool(case["flip"]), case["det_max_instances"])
-        assert ours == case["string"]
-        compared += 1
-    assert compared >= 6
+        *rectangle, flip = (*case["crop_coords_top_left_h_w"], case["flip"])
+        ours = boxes.to_text(
+            instances,
+            threshold=case["det_threshold"],
+            window=crops.Crop(*rectangle).window(case["orig_size_h_w"]),
+            mirrored=bool(flip),
+            max_boxes=case["det_max_instances"],
+            order=case["bbox_order"],
+            bins=case["coord_bins"],
+            min_visibility=case["min_visibility"],
+        )
+        assert ours == case["string"], case
+    assert len(exact["detection"]) == 27
+    assert boxes.to_text([]) == exact["detection_empty"]
 
 
-@settings(derandomize=True, max_examples=150, deadline=None)
+@quick
+@given(st.lists(box_strategy(), max_size=8), st.integers(2, 1000))
+def test_round_trip_with_other_bins(instances, bins):
+    written = boxes.to_text(instances, threshold=0.0, bins=bins)
+    parsed, malformed = boxes.from_text(written, bins)
+    assert malformed == 0
+    expected = boxes.sort(b for b in instances if b.area > 0)
+    assert [b.class_name for b in parsed] == [b.class_name for b in expected]
+    for got, wanted in zip(parsed, expected):
+        assert got.xmin == round(wanted.xmin * (bins - 1)) / (bins - 1)
+        assert got.ymax == round(wanted.ymax * (bins - 1)) / (bins - 1)
+
+
+@quick
+@given(garbage)
+def test_garbage_is_counted_not_raised(written):
+    parsed, malformed = boxes.from_text(written)
+    starts = sum(word.startswith("v0=") for word in written.split())
+    assert len(parsed) <= starts
+    assert (len(parsed) + malformed > 0) == bool(values.split(written))
+
+
+def test_orders():
+    instances = [
+        Box(0.5, 0.5, 0.6, 0.6, "a", 0.7),
+        Box(0.1, 0.1, 0.2, 0.2, "b", 0.6),
+        Box(0.2, 0.2, 0.9, 0.9, "c", 0.65),
+    ]
+
+    def names(**options):
+        return "".join(b.class_name for b in boxes.from_text(boxes.to_text(instances, **options)).boxes)
+
+    assert names(order="dist_to_orig") == "bca"
+    # The areas of a and b are equal but for rounding.
+    assert names(order="area")[0] == "c"
+    assert names(order="score") == "acb"
+    assert names(order="random", random=[2, 0, 1]) == "cab"
+    drawn = {names(order="random", random=np.random.default_rng(seed)) for seed in range(40)}
+    assert len(drawn) == 6
+    with pytest.raises(ValueError, match="not a permutation"):
+        names(order="random", random=[0, 1])
+    with pytest.raises(ValueError, match="takes a permutation"):
+        names(order="random")
+    with pytest.raises(ValueError, match="takes a permutation"):
+        names(order="area", random=[0, 1, 2])
+    with pytest.raises(ValueError, match="dist_to_orig, area"):
+        names(order="size")
+
+
+@quick
+@given(st.lists(box_strategy(), max_size=6), seeds)
+def test_visibility_only_removes(instances, seed):
+    crop = crops.random_crop((300, 400), np.random.default_rng(seed), scale=(0.1, 0.6))
+    window = crop.window((300, 400))
+    kept = [boxes.crop(instances, window, share) for share in (0.0, 0.3, 1.0)]
+    assert len(kept[0]) >= len(kept[1]) >= len(kept[2])
+    for box in kept[2]:
+        assert box in kept[0]
+
+
+def test_visibility_is_the_share_left():
+    half = [Box(0.0, 0.0, 1.0, 0.5, "a")]
+    window = (0.0, 0.0, 0.5, 1.0)
+    assert boxes.crop(half, window, 0.5) == [Box(0.0, 0.0, 1.0, 0.5, "a")]
+    assert boxes.crop(half, window, 0.51) == []
+
+
+@quick
 @given(st.lists(box_strategy(), max_size=12))
 def test_round_trip(instances):
     kept = [b for b in instances if b.score >= 0.6 and b.area > 0]
@@ -53,7 +124,7 @@ def test_round_trip(instances):
     assert distances == sorted(distances)
 
 
-@settings(derandomize=True, max_examples=100, deadline=None)
+@quick
 @given(st.lists(box_strategy(), max_size=6), st.tuples(*[st.floats(0, 1) for _ in range(4)]))
 def test_crops_stay_inside_and_flips_undo_themselves(instances, corners):
     left, right = sorted(corners[:2])
@@ -72,7 +143,7 @@ pieces = st.one_of(
 )
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
+@quick
 @given(st.lists(pieces, max_size=20), st.lists(box_strategy(), max_size=4))
 def test_any_text_parses(junk, instances):
     """Junk before good boxes never costs more than itself."""
@@ -100,6 +171,11 @@ def test_any_text_parses(junk, instances):
 def test_malformed_is_counted(written, count, malformed):
     parsed = boxes.from_text(written)
     assert (len(parsed.boxes), parsed.malformed) == (count, malformed)
+
+
+def test_bins_beyond_the_last_are_malformed():
+    assert boxes.from_text("v0=1 v1=2 v2=99 v3=9 dog", bins=100).boxes[0].xmax == 1.0
+    assert boxes.from_text("v0=1 v1=2 v2=100 v3=9 dog", bins=100) == ([], 1)
 
 
 def test_score_filter_cap_and_ties():

@@ -1,0 +1,307 @@
+"""Models as the reference implementation (and its users on Hugging Face) store them.
+
+A folder holds ``model.safetensors`` (weights, with the configuration and the names of shared tensors in its metadata)
+and ``config.json``. fm4m adds ``fm4m.json``, the exact modality set and model, which lets modalities that the reference
+does not know come back; ``ema.safetensors`` and ``optimizer.safetensors`` where asked for. A single file will do for
+reading if its metadata holds the configuration.
+
+Heads that were tied are written as two tensors, as the reference's own class stores them; position tables and the zero
+biases of its norms are written too, because it loads with strict keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fm4m.interop import reference_config, tensor_file
+from fm4m.interop.layout import Layout
+from fm4m.interop.reference_config import FormatError
+from fm4m.modalities import ModalitySet
+from fm4m.model import ModelConfig
+
+WEIGHTS, CONFIG, DESCRIPTION, EMA, OPTIMIZER = (
+    "model.safetensors", "config.json", "fm4m.json", "ema.safetensors", "optimizer.safetensors",
+)  # fmt: skip
+# Names of Adam's moments, ours and PyTorch's.
+MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+
+Progress = Callable[[int], object]
+
+
+@dataclasses.dataclass
+class Model:
+    """A model read from the reference's format.
+
+    Attributes:
+      config, modalities: what the weights belong to.
+      params: numpy arrays.
+      positions: the file's position tables by key, where their bytes differ from those that our formula gives (the
+        reference computes them in float32, up to 2e-5 away at position 511). Kept so that a model that is imported and
+        exported again is the same file.
+    """
+
+    config: ModelConfig
+    modalities: ModalitySet
+    params: dict[str, Any]
+    positions: dict[str, np.ndarray]
+
+
+class Source:
+    """A stored model, opened and checked: every tensor is there with its shape, and none is left over.
+
+    Args:
+      path: a folder, or a safetensors file (then ``config.json`` and ``fm4m.json`` beside it count too).
+      modalities: the modality set, for files whose names alone do not say it.
+      tie_heads: read the head of every modality as its decoder's token table; the file must hold them equal. Default:
+        as ``fm4m.json`` says, else no.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      TensorFileError: the file is truncated or damaged.
+      FormatError: keys are missing or left over, shapes or configuration contradict each other; it names them.
+    """
+
+    def __init__(self, path: str | os.PathLike, modalities: ModalitySet | None = None, tie_heads: bool | None = None):
+        path = pathlib.Path(path)
+        self.path = path / WEIGHTS if path.is_dir() else path
+        self._refuse_pickles()
+        self.file = tensor_file.TensorFile(self.path)
+        try:
+            self.reference = self._read_config()
+            described, own = self._read_description()
+            modalities = modalities or described
+            self.modalities = modalities or reference_config.modality_set(
+                self.reference, self.file.shapes, str(self.path)
+            )
+            self.config = self.reference.model_config(**own | ({} if tie_heads is None else {"tied_heads": tie_heads}))
+            self.layout = Layout(self.config, self.modalities)
+            self._check_keys()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.file.__exit__()
+
+    def _refuse_pickles(self) -> None:
+        folder = self.path.parent
+        pickled = [p for p in ("pytorch_model.bin", "model.pth") if (folder / p).exists()]
+        if self.path.suffix in (".bin", ".pth", ".pt", ".ckpt") or (pickled and not self.path.exists()):
+            raise FormatError(
+                f"{self.path if self.path.exists() else folder / pickled[0]} is a pickle, which could execute anything "
+                "and is never opened; convert it to safetensors with the program that wrote it"
+            )
+
+    def _read_config(self) -> reference_config.ReferenceConfig:
+        beside, where = self.path.with_name(CONFIG), str(self.path)
+        from_file = {k: v for k, v in self.file.metadata.items() if "." not in k and k != "format"}
+        if not beside.is_file():
+            if not from_file:
+                raise FormatError(f"{where} holds no configuration in its metadata, and there is no {CONFIG} beside it")
+            return reference_config.parse(from_file, where)
+        values = _read_json(beside)
+        config = reference_config.parse(values, str(beside))
+        if from_file:
+            inside = reference_config.parse(from_file, where)
+            different = [k for k in config.fields if config[k] != inside[k]]
+            if different:
+                k = different[0]
+                raise FormatError(
+                    f"{k} is {config[k]!r} in {beside} but {inside[k]!r} in the metadata of {self.path}: they are of "
+                    "two models"
+                )
+        return config
+
+    def _read_description(self) -> tuple[ModalitySet | None, dict[str, Any]]:
+        """The modality set, and the model's fields that the reference has no names for."""
+        beside = self.path.with_name(DESCRIPTION)
+        if not beside.is_file():
+            return None, {}
+        try:
+            described = _read_json(beside)
+            own = {k: v for k, v in described["model"].items() if k in reference_config.OWN_FIELDS}
+            return ModalitySet.from_dict(described["modalities"]), own
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{beside} describes no model: {error}") from error
+
+    def _check_keys(self) -> None:
+        have, layout = self.file.shapes, self.layout
+        for key in (*layout.parameters, *layout.buffers):
+            if key not in have and self._stand_in(key) is None:
+                raise FormatError(f"{self.path} lacks {key}, which its configuration asks for ({_sizes(self.config)})")
+        known = {*layout.parameters, *layout.buffers}
+        extra = sorted(key for key in have if key not in known)
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise FormatError(
+                f"{self.path} holds {extra[0]}{more}, which its configuration has no place for ({_sizes(self.config)})"
+            )
+        for key, shape in have.items():
+            if shape != layout.shape(key):
+                wanted = layout.shape(key)
+                raise FormatError(f"{self.path}: {key} has shape {shape}; its configuration asks for {wanted}")
+
+    def _stand_in(self, key: str) -> str | None:
+        """The stored key that an absent one shares its memory with."""
+        sides = {"encoder_embeddings": "decoder_embeddings", "decoder_embeddings": "encoder_embeddings"}
+        side, _, rest = key.partition(".")
+        candidates = []
+        if self.config.share_modality_embeddings and key.endswith(".mod_emb"):
+            candidates.append(f"{sides.get(side)}.{rest}")
+        if self.config.tied_heads and side == "decoder_embeddings":
+            stem = key.removesuffix("token_emb.weight").removesuffix("to_logits.weight")
+            candidates += [f"{stem}to_logits.weight", f"{stem}token_emb.weight"]
+        return next((other for other in candidates if other != key and other in self.file.shapes), None)
+
+    def load(self, progress: Progress = lambda elements: None) -> Model:
+        """Reads all tensors, one at a time, into arrays of our layout.
+
+        Raises FormatError for constants that are not those of the format, and for tensors that should be equal.
+        """
+        params, positions, layout = self.layout.zeros(), {}, self.layout
+        for key in (*layout.parameters, *layout.buffers):
+            if key not in self.file.shapes:
+                continue
+            tensor = self.file.read(key)
+            if key in layout.buffers:
+                self._check_buffer(key, tensor, positions)
+            else:
+                self._check_equal(key, tensor)
+                layout.set(params, key, tensor)
+            progress(tensor.size)
+        return Model(self.config, self.modalities, params, positions)
+
+    def _check_buffer(self, key: str, tensor: np.ndarray, positions: dict[str, np.ndarray]) -> None:
+        ours = self.layout.buffer(key)
+        is_table = key.endswith(".pos_emb")
+        # Sines of float32 products: one part in 2^24 of 511 radians is 3e-5.
+        if not np.allclose(tensor, ours, rtol=0, atol=1e-4 if is_table else 0):
+            what = "the sine-cosine positions of 4M" if is_table else "zero (norms have no bias here)"
+            raise FormatError(f"{self.path}: {key} is not {what}; a model with other constants cannot be represented")
+        if tensor.tobytes() != ours.tobytes():
+            positions[key] = tensor
+
+    def _check_equal(self, key: str, tensor: np.ndarray) -> None:
+        other = self._stand_in(key)
+        # Each pair is looked at from one side.
+        if other is None or key > other or np.array_equal(tensor, self.file.read(other)):
+            return
+        what = "share_modality_embeddings is set" if key.endswith("mod_emb") else "tied heads were asked for"
+        raise FormatError(f"{self.path}: {key} and {other} differ, but {what}")
+
+    def load_moments(self, progress: Progress = lambda elements: None) -> tuple[dict[str, Any], int]:
+        """Adam's moments {"mu", "nu"} from ``optimizer.safetensors`` beside the weights, and their step."""
+        path = self.path.with_name(OPTIMIZER)
+        with tensor_file.TensorFile(path) as file:
+            moments = {}
+            for ours, theirs in MOMENTS.items():
+                moments[ours] = self._read_like_params(file, f"{theirs}.", progress)
+            step = file.metadata.get("step", "")
+        if not step.isdecimal():
+            raise FormatError(f"{path}: the metadata's step is {step!r}; expected a whole number")
+        return moments, int(step)
+
+    def load_ema(self, progress: Progress = lambda elements: None) -> dict[str, Any]:
+        """The moving average of the parameters from ``ema.safetensors`` beside the weights."""
+        with tensor_file.TensorFile(self.path.with_name(EMA)) as file:
+            return self._read_like_params(file, "", progress)
+
+    def _read_like_params(self, file: tensor_file.TensorFile, prefix: str, progress: Progress) -> dict[str, Any]:
+        tree = self.layout.zeros()
+        for key in set(self.layout.parameters) - set(self.layout.aliases):
+            name = prefix + key
+            if file.shapes.get(name) != self.layout.shape(key):
+                found = file.shapes.get(name, "nothing")
+                raise FormatError(f"{file.path}: {name} should have shape {self.layout.shape(key)}, found {found}")
+            tensor = file.read(name)
+            self.layout.set(tree, key, tensor)
+            progress(tensor.size)
+        return tree
+
+
+def save(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    modalities: ModalitySet,
+    params: Any,
+    *,
+    ema: Any = None,
+    opt_state: Mapping[str, Any] | None = None,
+    step: int = 0,
+    positions: Mapping[str, np.ndarray] | None = None,
+    progress: Progress = lambda elements: None,
+) -> None:
+    """Writes a model as a folder that the reference implementation loads.
+
+    Everything is written beside the folder and put in place at the end; nothing half-written stays.
+
+    Args:
+      folder: must not exist, or be empty.
+      config, modalities: of the model.
+      params: its parameters (or their moving average, if that is what should be loaded).
+      ema: also write this moving average, as ``ema.safetensors``.
+      opt_state: also write Adam's moments {"mu", "nu"} with ``step``, as ``optimizer.safetensors``.
+      positions: see `Model.positions`.
+      progress: called with the number of elements written.
+
+    Raises FileExistsError if the folder holds something.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already: choose another folder, or remove it")
+    layout, reference = Layout(config, modalities), reference_config.from_model(config, modalities)
+    positions = dict(positions or {})
+
+    def tensor(key: str) -> np.ndarray:
+        if key in layout.buffers:
+            return positions[key] if key in positions else layout.buffer(key)
+        return layout.get(params, key).astype(np.float32, copy=False)
+
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir(parents=True)
+        shapes = {key: layout.shape(key) for key in layout.stored}
+        metadata = {"format": "pt", **layout.aliases, **reference.to_metadata()}
+        tensor_file.write(beside / WEIGHTS, shapes, tensor, metadata, progress)
+        trained = {key: shapes[key] for key in layout.stored if key not in layout.buffers}
+        if ema is not None:
+            tensor_file.write(beside / EMA, trained, lambda key: layout.get(ema, key), {}, progress)
+        if opt_state is not None:
+            prefixes = {theirs: opt_state[ours] for ours, theirs in MOMENTS.items()}
+            moments = {f"{prefix}.{key}": shape for prefix in prefixes for key, shape in trained.items()}
+
+            def moment(name: str) -> np.ndarray:
+                prefix, _, key = name.partition(".")
+                return layout.get(prefixes[prefix], key)
+
+            tensor_file.write(beside / OPTIMIZER, moments, moment, {"step": str(step)}, progress)
+        (beside / CONFIG).write_text(json.dumps(dict(reference.fields), indent=2) + "\n")
+        described = {"modalities": modalities.to_dict(), "model": dataclasses.asdict(config)}
+        (beside / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def _sizes(config: ModelConfig) -> str:
+    return f"{config.encoder_depth} + {config.decoder_depth} layers of width {config.dim}"

@@ -1,0 +1,118 @@
+"""Safetensors files, one tensor at a time: a model of 14 GB is neither read nor written as a whole.
+
+Reading goes through the `safetensors` library, which checks the header against the file's length. It has no writer that
+streams, so the writer is here: eight bytes of header length, a JSON header with every tensor's dtype, shape and place,
+then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+
+
+class TensorFileError(ValueError):
+    """A file that is no whole safetensors file; the message names the file."""
+
+
+class TensorFile:
+    """A safetensors file opened for reading; a context manager.
+
+    Attributes:
+      path: the file.
+      metadata: texts by name.
+      shapes: by tensor.
+
+    Raises TensorFileError for a file that is truncated, damaged or of another format, FileNotFoundError for none.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"there is no file {self.path}")
+        try:
+            self._file = safe_open(self.path, "numpy")
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise TensorFileError(f"{self.path} is not a whole safetensors file: {error}") from error
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor as float32. Raises TensorFileError for a dtype that is not a float of 16, 32 or 64 bits."""
+        dtype = self._file.get_slice(key).get_dtype()
+        if dtype == "BF16":
+            # NumPy has no such type of its own; the upper half of a float32 is one.
+            import ml_dtypes
+
+            return np.asarray(self._file.get_tensor(key)).view(ml_dtypes.bfloat16).astype(np.float32)
+        if dtype not in DTYPES:
+            raise TensorFileError(f"{self.path}: {key} holds {dtype}; weights are {', '.join(DTYPES)} or BF16")
+        return self._file.get_tensor(key).astype(np.float32, copy=False)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file = None
+
+
+def write(
+    path: str | os.PathLike,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensor: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], object] = lambda elements: None,
+) -> None:
+    """Writes a float32 safetensors file; at no time are two tensors in memory.
+
+    The file appears under its name when it is complete; what a failure leaves is removed.
+
+    Args:
+      path: the file; an existing one is replaced.
+      shapes: of all tensors; they are written in this order.
+      tensor: makes the float32 tensor of a name.
+      metadata: texts by name.
+      progress: called with the number of elements after each tensor.
+
+    Raises ValueError if a tensor has not the announced shape or dtype.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    with _complete_or_absent(pathlib.Path(path)) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            array = tensor(name)
+            if array.shape != tuple(shape) or array.dtype != np.float32:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}; announced was float32 {tuple(shape)}")
+            file.write(np.ascontiguousarray(array).data)
+            progress(array.size)
+
+
+@contextlib.contextmanager
+def _complete_or_absent(path: pathlib.Path) -> Iterator:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
