@@ -111,6 +111,9 @@ def default() -> ml_collections.ConfigDict:
     c.data.num_targets = 0
 
     c.train = _Section()
+    # A trained model whose weights the run starts from: whatever `fm4m.load` opens (a run, a step, a folder or file of
+    # the reference's format). Modalities that it lacks start fresh. "": random weights.
+    c.train.init_from = ""
     # Samples of one optimizer step over all devices; each of `accumulation` passes takes an equal part of them.
     c.train.global_batch = 256
     c.train.accumulation = 1

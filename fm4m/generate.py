@@ -6,15 +6,13 @@ parallel step (one step of 4M's random-order decoding with all positions), a seq
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
-from fm4m import model
+from fm4m import model, sharding
 from fm4m.batch import RawBatch, Tokens, patchify
 from fm4m.modalities import FIRST_SENTINEL_ID, PAD_ID, ModalitySet
 
@@ -154,5 +152,4 @@ def predict(
     check_names(modalities, inputs, targets)
     out = _predict(params, config, modalities, raw, tuple(inputs), tuple(targets))
     # Over several processes the samples may be spread; everyone gets all of them.
-    fetch = np.asarray if jax.process_count() == 1 else functools.partial(process_allgather, tiled=True)
-    return {name: fetch(codes) for name, codes in out.items()}
+    return {name: sharding.to_host(codes) for name, codes in out.items()}

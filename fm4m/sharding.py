@@ -150,6 +150,15 @@ def wait_for_all(event: str, seconds: int = 3600) -> None:
         orbax.checkpoint.multihost.get_barrier_sync_fn()(key=event, timeout_ms=seconds * 1000)
 
 
+def to_host(array: jax.Array) -> np.ndarray:
+    """All of an array in every process, wherever its parts live."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(array, tiled=True)
+
+
 def to_devices(mesh: Mesh, local: Any, global_batch: int) -> Any:
     """Makes global arrays [global_batch, ...] of this process's rows (a pytree of numpy arrays), without copies between
     processes."""

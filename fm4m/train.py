@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm4m import checkpoint, evaluate, flops, metrics, optim, sharding
+from fm4m import checkpoint, evaluate, flops, loading, metrics, optim, sharding, transplant
 from fm4m import config as config_lib
 from fm4m import model as model_lib
 from fm4m import step as step_lib
 from fm4m.masking import Masking
+from fm4m.modalities import ModalitySet
 from fm4m.stream import Stream
 
 log = logging.getLogger("fm4m")
@@ -130,6 +131,8 @@ def train(
     else:
         state = jax.jit(initial, out_shardings=shardings)()
         log.info("none in %s; starting from seed %d", checkpoints.folder, config.seed)
+        if config.train.init_from:
+            state |= start_from(config, model, modalities, state["params"], shardings)
     if lead:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
@@ -288,6 +291,25 @@ def make_model_config(config: Any) -> model_lib.ModelConfig:
         return model_lib.model_config(config.model.name, **config_lib.model_overrides(config))
     except (KeyError, TypeError, ValueError) as error:
         raise config_lib.ConfigError(f"model: {error.args[0]}") from None
+
+
+def start_from(
+    config: Any, model: model_lib.ModelConfig, modalities: ModalitySet, params: Any, shardings: Any
+) -> dict[str, Any]:
+    """The parts of the train state that ``train.init_from`` replaces: parameters, and their average where there is one.
+
+    Every process reads the whole model into host memory and keeps its part. Raises ConfigError for one that does not
+    fit.
+    """
+    # One array after the other, so that no device ever holds more than one whole.
+    params = jax.tree.map(sharding.to_host, params)
+    try:
+        source = loading.load(config.train.init_from)
+        values = transplant.transplant(source, model, modalities, params)
+    except (ValueError, FileNotFoundError) as error:
+        raise config_lib.ConfigError(f"train.init_from = {config.train.init_from!r}: {error}") from error
+    place = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index])  # noqa: E731
+    return {part: jax.tree.map(place, values, shardings[part]) for part in ("params", "ema") if part in shardings}
 
 
 def lengths(config: Any, masking: Masking) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -261,8 +262,18 @@ def _finished(out: pathlib.Path, split: str, name: str, origins: dict) -> bool:
     return True
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see the top of this file."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the top of this file. Returns the exit code: 0, or 2 with one sentence on standard error."""
+    args = _arguments(argv)
+    try:
+        run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.rooms.prepare", description="Tokens of rooms packs."
     )
@@ -272,10 +283,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizers", type=pathlib.Path, default=TOKENIZERS, help="folder of the tokenizers")
     parser.add_argument("--write-feature-codes", action="store_true", help="write the feature codes beside the packs")
     args = parser.parse_args(argv)
-    packs = [RoomsPack(path) for path in args.pack or shipped]
+    args.pack = args.pack or shipped
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepares the packs of the command line, split by split."""
+    packs = [RoomsPack(path) for path in args.pack]
     for pack in packs:
         if pack.info["split"] not in SPLITS:
-            parser.error(f"{pack.path} is of split {pack.info['split']!r}, expected one of {', '.join(SPLITS)}")
+            raise ValueError(f"{pack.path} is of split {pack.info['split']!r}, expected one of {', '.join(SPLITS)}")
     if args.write_feature_codes:
         for pack in packs:
             print(f"wrote {write_feature_codes(pack, tokenizer_file(args.tokenizers, FEATURES))}")
@@ -290,4 +307,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
