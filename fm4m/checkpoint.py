@@ -111,6 +111,7 @@ class Checkpoints:
       keep: how many of the newest stay.
       keep_period: over 0, steps that are multiples of it stay for good.
       asynchronous: write in the background; `save` then blocks only while arrays are copied to the host.
+      concurrent_gb: about how much may be on its way to the disk at a time (Orbax's default: 96 GB).
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Checkpoints:
         keep: int = 3,
         keep_period: int = 0,
         asynchronous: bool = True,
+        concurrent_gb: int = 96,
     ):
         self._workdir, self._every = workdir, every
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
@@ -132,7 +134,10 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         # Named here so that shapes can be looked at before anything is restored.
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "ema")}
+        handlers: dict[str, Any] = {
+            name: ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gb)
+            for name in ("params", "opt_state", "ema")
+        }
         handlers["meta"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 

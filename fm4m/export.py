@@ -18,6 +18,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from fm4m import checkpoint, loading
 from fm4m.interop import ml4m, stablehlo, tensor_file
 from fm4m.modalities import ModalitySet
@@ -58,16 +60,17 @@ def import_model(
     try:
         with _progress(f"import {model.path.name}", parts * model.layout.size) as bar:
             loaded = model.load(bar.update)
-            state, step = {"params": loaded.params}, 0
+            state, step = {"params": _to_jax(loaded.params)}, 0
             if "ema" in extras:
-                state["ema"] = model.load_ema(bar.update)
+                state["ema"] = _to_jax(model.load_ema(bar.update))
             if "optimizer" in extras:
-                state["opt_state"], step = model.load_moments(bar.update)
+                moments, step = model.load_moments(bar.update)
+                state["opt_state"] = {name: _to_jax(tree) for name, tree in moments.items()}
         meta = checkpoint.make_meta(
             step=step, position=0, seed=None, mixture=None, modalities=model.modalities, model=model.config, config={},
             origin={"format": "ml-4m", "file": model.path.name},
         )  # fmt: skip
-        checkpoints = checkpoint.Checkpoints(beside, asynchronous=False)
+        checkpoints = checkpoint.Checkpoints(beside, asynchronous=False, concurrent_gb=1)
         checkpoints.save(state, meta)
         checkpoints.close()
         if loaded.positions:
@@ -78,6 +81,13 @@ def import_model(
         model.close()
         shutil.rmtree(beside, ignore_errors=True)
     return model
+
+
+def _to_jax(tree: dict) -> dict:
+    """The same tree of JAX arrays, emptying the given one: Orbax copies whatever is a NumPy array, all at once."""
+    for name, value in tree.items():
+        tree[name] = _to_jax(value) if isinstance(value, dict) else jax.block_until_ready(jax.device_put(value))
+    return tree
 
 
 def export_ml4m(

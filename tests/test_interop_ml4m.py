@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -20,7 +24,8 @@ from fm4m.interop import ml4m, reference_config
 from fm4m.interop.layout import Layout
 from fm4m.interop.reference_config import FormatError
 from fm4m.interop.tensor_file import TensorFileError
-from fm4m.model import ModelConfig, init_params
+from fm4m.modality_sets import MOD7
+from fm4m.model import ModelConfig, init_params, model_config
 
 CONFIG = ModelConfig(32, 2, 1, num_heads=2, mlp_ratio=2.5, mlp_multiple=16, num_register_tokens=2, dtype="float32")
 
@@ -231,3 +236,34 @@ def test_metadata_is_read_as_literals_only():
     assert fields["gated_mlp"] is True and fields["act_layer"] == "SiLU" and fields["share_modality_embeddings"] is True
     with pytest.raises(FormatError, match=r"a file: the configuration lacks dim, encoder_depth"):
         reference_config.parse({"domains_in": [], "domains_out": []}, "a file")
+
+
+MEASURED = """
+import resource, sys
+from fm4m import export
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+code = export.main(sys.argv[1:])
+print("KILOBYTES", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_model_is_never_twice_in_memory(tmp_path):
+    config = model_config("fm_small_8e_8d_swiglu_nobias", tied_heads=False)
+    params = Layout(config, MOD7).zeros()
+    for leaf in jax.tree.leaves(params):
+        leaf[...] = np.random.default_rng(0).standard_normal(leaf.shape[-1])
+    ml4m.save(tmp_path / "model", config, MOD7, params)
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert size > 8e8
+    del params
+    for arguments in (
+        ["import", f"--from={tmp_path / 'model'}", f"--to={tmp_path / 'run'}"],
+        ["export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'back'}", "--format=ml-4m"],
+    ):
+        done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        used = 1024 * int(re.search(r"KILOBYTES (\d+)", done.stdout)[1])
+        assert used < 1.5 * size, f"{arguments[0]} took {used / size:.2f} times the model's size"
+    assert filecmp.cmp(tmp_path / "model/model.safetensors", tmp_path / "back/model.safetensors", shallow=False)

@@ -1,8 +1,9 @@
 """Safetensors files, one tensor at a time: a model of 14 GB is neither read nor written as a whole.
 
-Reading goes through the `safetensors` library, which checks the header against the file's length. It has no writer that
-streams, so the writer is here: eight bytes of header length, a JSON header with every tensor's dtype, shape and place,
-then the tensors' bytes.
+A file is eight bytes of header length, a JSON header with every tensor's dtype, shape and place, then the tensors'
+bytes. The `safetensors` library checks header and length on opening. It has no writer that streams, and it reads
+through a memory map, whose pages count as this process's memory until the system takes them back (twice the size of a
+model at the end of an import); so both are plain file accesses here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+# How the floats of a file are stored. NumPy has no BF16; it is the upper half of a float32.
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class TensorFileError(ValueError):
@@ -42,29 +44,35 @@ class TensorFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no file {self.path}")
         try:
-            self._file = safe_open(self.path, "numpy")
-            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
-            self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
+            with safe_open(self.path, "numpy") as checked:
+                self.metadata: dict[str, str] = dict(checked.metadata() or {})
         except (SafetensorError, OSError, ValueError) as error:
             raise TensorFileError(f"{self.path} is not a whole safetensors file: {error}") from error
+        self._file = open(self.path, "rb")  # noqa: SIM115
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        self._header = json.loads(self._file.read(length))
+        self._header.pop("__metadata__", None)
+        self._start = 8 + length
+        self.shapes = {key: tuple(entry["shape"]) for key, entry in sorted(self._header.items())}
 
     def read(self, key: str) -> np.ndarray:
         """One tensor as float32. Raises TensorFileError for a dtype that is not a float of 16, 32 or 64 bits."""
-        dtype = self._file.get_slice(key).get_dtype()
-        if dtype == "BF16":
-            # NumPy has no such type of its own; the upper half of a float32 is one.
-            import ml_dtypes
-
-            return np.asarray(self._file.get_tensor(key)).view(ml_dtypes.bfloat16).astype(np.float32)
+        dtype, (start, end) = self._header[key]["dtype"], self._header[key]["data_offsets"]
         if dtype not in DTYPES:
-            raise TensorFileError(f"{self.path}: {key} holds {dtype}; weights are {', '.join(DTYPES)} or BF16")
-        return self._file.get_tensor(key).astype(np.float32, copy=False)
+            raise TensorFileError(f"{self.path}: {key} holds {dtype}; weights are {', '.join(DTYPES)}")
+        array = np.empty(self.shapes[key], DTYPES[dtype])
+        self._file.seek(self._start + start)
+        if self._file.readinto(array.reshape(-1).view(np.uint8)) != end - start:
+            raise TensorFileError(f"{self.path} became shorter while {key} was read")
+        if dtype == "BF16":
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32, copy=False)
 
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file = None
+        self._file.close()
 
 
 def write(
