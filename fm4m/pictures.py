@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fm4m.batch import RawBatch
-from fm4m.generate import predict
+from fm4m.generate import check_names, predict
 from fm4m.modalities import ModalitySet
 from fm4m.model import ModelConfig
 from fm4m.stream import Stream
@@ -74,6 +74,8 @@ class SampleSheet:
       raw: the samples to show (a handful).
       inputs: names of the modalities the model is shown, all tokens visible.
       showers: how to show each output; outputs without one are left out of the sheet.
+
+    Raises ValueError for an input that the model does not have.
     """
 
     config: ModelConfig
@@ -81,6 +83,10 @@ class SampleSheet:
     raw: RawBatch
     inputs: Sequence[str]
     showers: Mapping[str, Shower]
+
+    def __post_init__(self):
+        # Now, rather than at the first picture, which may be hours into a run.
+        check_names(self.modalities, self.inputs, ())
 
     def __call__(self, params: dict, step: int) -> dict[str, np.ndarray]:
         """Returns {title: uint8 [H, W, 3]}: one sheet, two lines a sample (prediction above, truth below)."""

@@ -37,6 +37,12 @@ def test_an_entry_of_another_form_is_refused():
         pictures.load_showers(["depth=depth.safetensors"], depth)
 
 
+def test_inputs_that_the_model_lacks_are_refused_before_the_run():
+    depth = ModalitySet((Modality("depth", "tokens", 20, (2, 2)),))
+    with pytest.raises(ValueError, match="modality 'dept' is no input of this model; inputs: depth"):
+        pictures.SampleSheet(None, depth, None, ("dept",), {})
+
+
 def test_samples_are_spread_over_the_stream():
     class Numbers:
         size = 10
