@@ -47,7 +47,7 @@ def import_model(
       tie_heads: keep one table for decoder tokens and head.
       extras: of "ema" and "optimizer", what to take along from the files beside the weights.
 
-    Returns the opened and closed source, for what it says about the model.
+    Returns the source, closed again; its ``config`` and ``modalities`` describe the model.
 
     Raises FileExistsError for a target that exists, and what `Source` raises; then no target is left.
     """
@@ -70,7 +70,9 @@ def import_model(
             step=step, position=0, seed=None, mixture=None, modalities=model.modalities, model=model.config, config={},
             origin={"format": "ml-4m", "file": model.path.name},
         )  # fmt: skip
-        checkpoints = checkpoint.Checkpoints(beside, asynchronous=False, concurrent_gb=1)
+        # The least that Orbax takes: its limit must hold the largest array.
+        largest = max(x.nbytes for x in jax.tree.leaves(state))
+        checkpoints = checkpoint.Checkpoints(beside, asynchronous=False, concurrent_gb=1 + largest // 10**9)
         checkpoints.save(state, meta)
         checkpoints.close()
         if loaded.positions:
@@ -105,6 +107,8 @@ def export_ml4m(
     run = loading.run_of(pathlib.Path(source))
     if extras and run is None:
         raise ValueError(f"--with={','.join(extras)} needs a run folder; {source} holds a model only")
+    if run:  # all parts from one checkpoint, even if the run saves another meanwhile
+        run = run[0], model.meta["step"]
     options, positions = {}, {}
     if "ema" in extras:
         options["ema"] = checkpoint.load_part(*run, "ema")[0]
@@ -141,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--to", dest="target", required=True, help="the folder to make")
     both.add_argument("--with", dest="extras", type=_names, default=(), help=f"also {' and '.join(EXTRAS)}")
     into = commands.add_parser("import", parents=[both], help="a model of the reference implementation to a run folder")
+    into.add_argument("--modalities", help="a fm4m.json, for modalities that the released models do not have")
     into.add_argument("--tie-heads", action="store_true", default=None, help="one table for decoder tokens and head")
     out = commands.add_parser("export", parents=[both], help="a run to files that others read")
     out.add_argument("--format", choices=FORMATS, required=True)
@@ -158,9 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for extra in args.extras:
         if extra not in EXTRAS:
             parser.error(f"--with={extra}: choose from {', '.join(EXTRAS)}")
+    if args.command == "export" and args.format == "stablehlo" and args.extras:
+        parser.error("--with is for --format=ml-4m; a StableHLO folder holds one set of weights (--weights)")
+    if args.command == "export" and args.format == "ml-4m" and (args.inputs or args.targets):
+        parser.error("--inputs and --targets are for --format=stablehlo")
     try:
         if args.command == "import":
-            model = import_model(args.source, args.target, tie_heads=args.tie_heads, extras=args.extras)
+            modalities = ml4m.read_description(args.modalities)[0] if args.modalities else None
+            options = {"modalities": modalities, "tie_heads": args.tie_heads, "extras": args.extras}
+            model = import_model(args.source, args.target, **options)
         elif args.format == "ml-4m":
             model = export_ml4m(args.source, args.target, weights=args.weights, extras=args.extras)
         else:

@@ -122,7 +122,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array) -> jax.Array:
         """x [B, T, D], context [B, S, D], mask bool [B, T or 1, S] -> [B, T, D]. A mask [B, 1, S] may be all False:
-        such a sample gets zeros before the output projection (the reference implementation's empty context)."""
+        such a sample gets zeros before the output projection, as from the reference implementation when nothing at all
+        is visible (where other samples of its batch have tokens, it averages their padding instead)."""
         query = self._per_head(self.query_norm, checkpoint_name(self.query(x), "projection"))
         key = self._per_head(self.key_norm, checkpoint_name(self.key(context), "projection"))
         value = checkpoint_name(self.value(context), "projection")

@@ -40,17 +40,21 @@ def load(
       path: a run folder (its newest checkpoint), one step of it (``RUN/checkpoints/2000``), a folder with
         ``model.safetensors`` and ``config.json``, or a safetensors file in the reference implementation's layout.
       ema: the moving average of the parameters, where there is one.
-      modalities: the modality set, for files whose modalities have names that only you know.
-      tie_heads: keep one table for a modality's decoder tokens and its head, for files that hold two equal ones.
+      modalities: the modality set, for files whose modalities have names that only you know. Runs say it themselves.
+      tie_heads: keep one table for a modality's decoder tokens and its head, for files that hold two equal ones. Runs
+        say it themselves.
 
     Raises:
       FileNotFoundError: nothing that could be a model is there; says what is looked for.
       ValueError: something is there and cannot be read; names the file and the key.
     """
     path = pathlib.Path(path)
-    if path.is_file() or (path / ml4m.WEIGHTS).exists() or path.suffix in (".safetensors", ".bin", ".pth", ".pt"):
+    pickles = path.is_dir() and any(p.suffix in ml4m.PICKLES for p in path.iterdir())
+    if path.is_file() or pickles or (path / ml4m.WEIGHTS).exists():
         return _from_reference(path, ema, modalities, tie_heads)
     if run := run_of(path):
+        if modalities is not None or tie_heads is not None:
+            raise ValueError(f"{path} is a run, which has modalities and heads of its own: leave out both options")
         params, meta = checkpoint.load_params(*run, ema=ema)
         return LoadedModel(checkpoint.model_of(meta), ModalitySet.from_dict(meta["modalities"]), params, meta)
     raise FileNotFoundError(

@@ -19,6 +19,9 @@ from fm4m.model import ModelConfig
 
 log = logging.getLogger("fm4m")
 
+# Fields of a model that no tensor's shape shows.
+_MEANING = ("num_heads", "activation", "grid_positions", "decoder_sep_mask", "decoder_causal_mask")
+
 _EMBEDDINGS = ("encoder_embeddings.", "decoder_embeddings.")
 
 
@@ -36,12 +39,18 @@ def transplant(source: LoadedModel, config: ModelConfig, modalities: ModalitySet
     Returns:
       A tree of numpy arrays like ``params``.
 
-    Raises ValueError naming the first tensor of the layers that is missing, left over or of another shape, or a
-    modality whose vocabulary or width differs.
+    Raises ValueError naming a field of the model that differs, the first tensor of the layers that is missing, left
+    over or of another shape, a modality whose vocabulary or width differs, or two different tensors that the new model
+    has only one place for.
     """
+    for field in _MEANING:
+        theirs, ours = getattr(source.config, field), getattr(config, field)
+        if theirs != ours:
+            raise ValueError(f"the model to start from has {field} = {theirs!r}, here model.{field} = {ours!r}")
     old, new = Layout(source.config, source.modalities), Layout(config, modalities)
     params = jax.tree.map(np.array, params)
     known, fresh = set(old.parameters), set()
+    places: dict[str, str] = {}  # what is shared or tied here, by its slots -> the first key
     for key in new.parameters:
         if key not in known:
             if not key.startswith(_EMBEDDINGS):
@@ -50,7 +59,14 @@ def transplant(source: LoadedModel, config: ModelConfig, modalities: ModalitySet
             continue
         if old.shape(key) != new.shape(key):
             raise ValueError(f"{key} has shape {old.shape(key)} in the model to start from, here {new.shape(key)}")
-        new.set(params, key, old.get(source.params, key))
+        tensor = old.get(source.params, key)
+        first = places.setdefault(repr(new.slots(key)), key)
+        if first != key and not np.array_equal(tensor, old.get(source.params, first)):
+            option = "share_modality_embeddings" if key.endswith("mod_emb") else "tied_heads"
+            raise ValueError(
+                f"{first} and {key} differ in the model to start from, here they are one: set model.{option}=False"
+            )
+        new.set(params, key, tensor)
     left = known - set(new.parameters)
     for key in sorted(left):
         if not key.startswith(_EMBEDDINGS):

@@ -232,7 +232,8 @@ def random_state(config: dict[str, Any], modalities: ModalitySet, rng: np.random
     norm("decoder_norm")
     state["mask_token"] = normal(1, 1, dim)
     if config["num_register_tokens"]:
-        state["register_tokens"] = normal(1, config["num_register_tokens"], dim)
+        # As small as they start in training: the one place where the epsilon of the norms shows.
+        state["register_tokens"] = normal(1, config["num_register_tokens"], dim, scale=0.02)
     for side, names in (("encoder_embeddings", modalities.inputs), ("decoder_embeddings", modalities.outputs)):
         for name in names:
             m, prefix = modalities[name], f"{side}.{name}"

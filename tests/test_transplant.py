@@ -48,11 +48,21 @@ def test_known_modalities_come_along_and_new_ones_stay_fresh(caplog):
     assert "fresh tables: none; left behind: shape" in caplog.text
 
 
+def test_what_differs_there_cannot_be_one_here():
+    apart = dataclasses.replace(CONFIG, tied_heads=False, share_modality_embeddings=False)
+    for option in ("tied_heads", "share_modality_embeddings"):
+        config = dataclasses.replace(apart, **{option: True})
+        with pytest.raises(ValueError, match=rf"differ in the model to start from.* set model.{option}=False"):
+            transplant(model(apart), config, MODALITIES, init_params(config, MODALITIES, jax.random.key(0)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"encoder_depth": 2}, "has no encoder.1.norm1.weight"),
         ({"decoder_depth": 1}, "also has decoder.1.context_norm.weight"),
+        ({"num_heads": 4}, r"the model to start from has num_heads = 2, here model.num_heads = 4"),
+        ({"grid_positions": "fourier"}, "has grid_positions = 'sincos', here model.grid_positions = 'fourier'"),
         ({"dim": 64}, r"mask_token has shape \(1, 1, 32\) in the model to start from, here \(1, 1, 64\)"),
     ],
 )

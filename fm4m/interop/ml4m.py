@@ -33,6 +33,12 @@ WEIGHTS, CONFIG, DESCRIPTION, EMA, OPTIMIZER = (
 # Names of Adam's moments, ours and PyTorch's.
 MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
 
+# Files that PyTorch writes by pickling.
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+# How far a stored position may be from ours, by dtype. The reference computes in float32: one part in 2^24 of 511
+# radians is 3e-5.
+_ROUNDING = {"F64": 1e-4, "F32": 1e-4, "F16": 1e-3, "BF16": 8e-3}
+
 Progress = Callable[[int], object]
 
 
@@ -59,7 +65,8 @@ class Source:
 
     Args:
       path: a folder, or a safetensors file (then ``config.json`` and ``fm4m.json`` beside it count too).
-      modalities: the modality set, for files whose names alone do not say it.
+      modalities: the modality set, for names that are not those of the released models, and for sequences of another
+        length than theirs (weights do not show it).
       tie_heads: read the head of every modality as its decoder's token table; the file must hold them equal. Default:
         as ``fm4m.json`` says, else no.
 
@@ -76,7 +83,8 @@ class Source:
         self.file = tensor_file.TensorFile(self.path)
         try:
             self.reference = self._read_config()
-            described, own = self._read_description()
+            beside = self.path.with_name(DESCRIPTION)
+            described, own = read_description(beside) if beside.is_file() else (None, {})
             modalities = modalities or described
             self.modalities = modalities or reference_config.modality_set(
                 self.reference, self.file.shapes, str(self.path)
@@ -93,16 +101,19 @@ class Source:
 
     def _refuse_pickles(self) -> None:
         folder = self.path.parent
-        pickled = [p for p in ("pytorch_model.bin", "model.pth") if (folder / p).exists()]
-        if self.path.suffix in (".bin", ".pth", ".pt", ".ckpt") or (pickled and not self.path.exists()):
+        pickled = [self.path] if self.path.suffix in PICKLES else []
+        if not self.path.exists():
+            pickled += [p for p in sorted(folder.glob("*")) if p.suffix in PICKLES]
+        if pickled and pickled[0].exists():
             raise FormatError(
-                f"{self.path if self.path.exists() else folder / pickled[0]} is a pickle, which could execute anything "
-                "and is never opened; convert it to safetensors with the program that wrote it"
+                f"{pickled[0]} is a pickle, which could execute anything and is never opened; convert it to "
+                "safetensors with the program that wrote it"
             )
 
     def _read_config(self) -> reference_config.ReferenceConfig:
         beside, where = self.path.with_name(CONFIG), str(self.path)
-        from_file = {k: v for k, v in self.file.metadata.items() if "." not in k and k != "format"}
+        # The metadata may hold anything; it is a configuration if it says how wide the model is.
+        from_file = self.file.metadata if "dim" in self.file.metadata else {}
         if not beside.is_file():
             if not from_file:
                 raise FormatError(f"{where} holds no configuration in its metadata, and there is no {CONFIG} beside it")
@@ -119,18 +130,6 @@ class Source:
                     "two models"
                 )
         return config
-
-    def _read_description(self) -> tuple[ModalitySet | None, dict[str, Any]]:
-        """The modality set, and the model's fields that the reference has no names for."""
-        beside = self.path.with_name(DESCRIPTION)
-        if not beside.is_file():
-            return None, {}
-        try:
-            described = _read_json(beside)
-            own = {k: v for k, v in described["model"].items() if k in reference_config.OWN_FIELDS}
-            return ModalitySet.from_dict(described["modalities"]), own
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{beside} describes no model: {error}") from error
 
     def _check_keys(self) -> None:
         have, layout = self.file.shapes, self.layout
@@ -150,7 +149,7 @@ class Source:
                 raise FormatError(f"{self.path}: {key} has shape {shape}; its configuration asks for {wanted}")
 
     def _stand_in(self, key: str) -> str | None:
-        """The stored key that an absent one shares its memory with."""
+        """The other stored key of a tensor that this model has only one place for; None if there is none."""
         sides = {"encoder_embeddings": "decoder_embeddings", "decoder_embeddings": "encoder_embeddings"}
         side, _, rest = key.partition(".")
         candidates = []
@@ -174,28 +173,29 @@ class Source:
             if key in layout.buffers:
                 self._check_buffer(key, tensor, positions)
             else:
-                self._check_equal(key, tensor)
+                self._check_equal(key, tensor, self.file)
                 layout.set(params, key, tensor)
             progress(tensor.size)
         return Model(self.config, self.modalities, params, positions)
 
     def _check_buffer(self, key: str, tensor: np.ndarray, positions: dict[str, np.ndarray]) -> None:
         ours = self.layout.buffer(key)
-        is_table = key.endswith(".pos_emb")
-        # Sines of float32 products: one part in 2^24 of 511 radians is 3e-5.
-        if not np.allclose(tensor, ours, rtol=0, atol=1e-4 if is_table else 0):
-            what = "the sine-cosine positions of 4M" if is_table else "zero (norms have no bias here)"
+        is_table, rounding = key.endswith(".pos_emb"), _ROUNDING[self.file.dtypes[key]]
+        if not np.allclose(tensor, ours, rtol=0, atol=rounding if is_table else 0):
+            kind = f"what the formula of its positions ({self.config.grid_positions} for grids) gives"
+            what = kind if is_table else "zero (norms have no bias here)"
             raise FormatError(f"{self.path}: {key} is not {what}; a model with other constants cannot be represented")
-        if tensor.tobytes() != ours.tobytes():
+        if self.file.dtypes[key] == "F32" and tensor.tobytes() != ours.tobytes():
             positions[key] = tensor
 
-    def _check_equal(self, key: str, tensor: np.ndarray) -> None:
+    def _check_equal(self, key: str, tensor: np.ndarray, file: tensor_file.TensorFile, prefix: str = "") -> None:
         other = self._stand_in(key)
         # Each pair is looked at from one side.
-        if other is None or key > other or np.array_equal(tensor, self.file.read(other)):
+        if other is None or key > other or prefix + other not in file.shapes:
             return
-        what = "share_modality_embeddings is set" if key.endswith("mod_emb") else "tied heads were asked for"
-        raise FormatError(f"{self.path}: {key} and {other} differ, but {what}")
+        if not np.array_equal(tensor, file.read(prefix + other)):
+            what = "share_modality_embeddings is set" if key.endswith("mod_emb") else "tied heads were asked for"
+            raise FormatError(f"{file.path}: {prefix}{key} and {prefix}{other} differ, but {what}")
 
     def load_moments(self, progress: Progress = lambda elements: None) -> tuple[dict[str, Any], int]:
         """Adam's moments {"mu", "nu"} from ``optimizer.safetensors`` beside the weights, and their step."""
@@ -216,12 +216,15 @@ class Source:
 
     def _read_like_params(self, file: tensor_file.TensorFile, prefix: str, progress: Progress) -> dict[str, Any]:
         tree = self.layout.zeros()
-        for key in set(self.layout.parameters) - set(self.layout.aliases):
+        for key in self.layout.parameters:
+            if key in self.layout.aliases:
+                continue
             name = prefix + key
             if file.shapes.get(name) != self.layout.shape(key):
                 found = file.shapes.get(name, "nothing")
                 raise FormatError(f"{file.path}: {name} should have shape {self.layout.shape(key)}, found {found}")
             tensor = file.read(name)
+            self._check_equal(key, tensor, file, prefix)
             self.layout.set(tree, key, tensor)
             progress(tensor.size)
         return tree
@@ -241,7 +244,7 @@ def save(
 ) -> None:
     """Writes a model as a folder that the reference implementation loads.
 
-    Everything is written beside the folder and put in place at the end; nothing half-written stays.
+    Everything is written beside the folder and put in place at the end, so that a failure leaves no part of it.
 
     Args:
       folder: must not exist, or be empty.
@@ -291,6 +294,19 @@ def save(
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_description(path: str | os.PathLike) -> tuple[ModalitySet, dict[str, Any]]:
+    """What ``fm4m.json`` says: the modality set, and the model's fields that the reference has no names for.
+
+    Raises FormatError if it does not, FileNotFoundError if there is none.
+    """
+    try:
+        described = _read_json(pathlib.Path(path))
+        own = {k: v for k, v in described["model"].items() if k in reference_config.OWN_FIELDS}
+        return ModalitySet.from_dict(described["modalities"]), own
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path} describes no model: {error}") from error
 
 
 def _read_json(path: pathlib.Path) -> dict:

@@ -40,8 +40,7 @@ _NEEDED = ("domains_in", "domains_out", "dim", "encoder_depth", "decoder_depth",
 _ACTIVATIONS = {"SiLU": "silu", "GELU": "gelu"}
 # Said in files, and without a meaning for weights: what wrote them, and regularisation that is off when running.
 _IRRELEVANT = {
-    "format", "drop_path_rate_encoder", "drop_path_rate_decoder", "shared_drop_path", "allow_zero_attn",
-    "use_act_checkpoint",
+    "format", "drop_path_rate_encoder", "drop_path_rate_decoder", "shared_drop_path", "use_act_checkpoint",
 }  # fmt: skip
 _LONGEST_VALUE = 10_000  # characters; the reference's own limit
 
@@ -91,6 +90,9 @@ def parse(values: Mapping[str, Any], where: str) -> ReferenceConfig:
     for name, value in values.items():
         if name in _NEEDED or name in _DEFAULTS:
             fields[name] = _typed(name, _literal(value, name, where) if isinstance(value, str) else value, where)
+        elif name == "allow_zero_attn":  # attention that may attend to nothing, never switched on in a released model
+            if _literal(value, name, where) if isinstance(value, str) else value:
+                raise FormatError(f"{where}: {name} is set, which fm4m has no attention for")
         elif "." not in name and name not in _IRRELEVANT:
             log.warning("%s: configuration key %r is not known and has no effect", where, name)
     missing = [name for name in _NEEDED if name not in fields]
@@ -111,6 +113,8 @@ def from_model(config: ModelConfig, modalities: ModalitySet) -> ReferenceConfig:
 
 def modality_set(config: ReferenceConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> ModalitySet:
     """The modality set of a stored model: known names, with the sizes that the weights have.
+
+    The lengths of sequences and embeddings are those of the released models: weights do not show them.
 
     Args:
       config: the stored configuration.

@@ -7,9 +7,9 @@ says what goes in and out:
 * ``predict``: (params, inputs) -> for every target the codes [batch, tokens]; grids in one parallel step, sequences
   greedily from left to right (`fm4m.generate`).
 
-``inputs`` is a dict: for a discrete modality ``NAME`` int32 codes [batch, max_tokens] (and, for a sequence, its
-``NAME/length`` int32 [batch]), for pixels uint8 [batch, height, width, 3], for an embedding float16 [batch, max_tokens,
-width] with its length. The batch size is free. To run one::
+``inputs`` is a dict: for a discrete modality ``NAME`` int32 codes [batch, max_tokens], clipped to its vocabulary (and,
+for a sequence, its ``NAME/length`` int32 [batch]), for pixels uint8 [batch, height, width, 3], for an embedding float16
+[batch, max_tokens, width] with its length. The batch size is free. To run one::
 
     from jax import export
     from safetensors.numpy import load_file
@@ -75,7 +75,9 @@ def raw_batch(modalities: ModalitySet, inputs: Mapping[str, jax.Array]) -> RawBa
         lengths.append(inputs.get(f"{m.name}/length", full).astype(jnp.int16))
         if m.discrete:
             start = modalities.slot_offset[m.name]
-            tokens = tokens.at[:, start : start + m.max_tokens].set(given.astype(jnp.uint16))
+            # Before the cast, in which -1 would become 65,535.
+            codes = jnp.clip(given, 0, m.vocab_size - 1).astype(jnp.uint16)
+            tokens = tokens.at[:, start : start + m.max_tokens].set(codes)
         else:
             dense[m.name] = given
     return RawBatch(tokens, jnp.stack(lengths, axis=1), jnp.zeros(size, jnp.uint8), dense)
@@ -134,6 +136,8 @@ def save(
     if not inputs:
         raise ValueError(f"name the inputs of the exported functions; this model has {', '.join(modalities.inputs)}")
     targets = tuple(targets) or tuple(name for name in modalities.outputs if name not in inputs)
+    if not targets:
+        raise ValueError("every output of this model is among the inputs; name the targets")
     generate.check_names(modalities, inputs, targets)
     unknown = sorted(set(platforms) - set(PLATFORMS))
     if unknown or not platforms:

@@ -32,7 +32,7 @@ class TensorFile:
     Attributes:
       path: the file.
       metadata: texts by name.
-      shapes: by tensor.
+      shapes, dtypes: by tensor; dtypes in the format's own names ("F32").
 
     Raises TensorFileError for a file that is truncated, damaged or of another format, FileNotFoundError for none.
     """
@@ -54,10 +54,11 @@ class TensorFile:
         self._header.pop("__metadata__", None)
         self._start = 8 + length
         self.shapes = {key: tuple(entry["shape"]) for key, entry in sorted(self._header.items())}
+        self.dtypes = {key: entry["dtype"] for key, entry in self._header.items()}
 
     def read(self, key: str) -> np.ndarray:
         """One tensor as float32. Raises TensorFileError for a dtype that is not a float of 16, 32 or 64 bits."""
-        dtype, (start, end) = self._header[key]["dtype"], self._header[key]["data_offsets"]
+        dtype, (start, end) = self.dtypes[key], self._header[key]["data_offsets"]
         if dtype not in DTYPES:
             raise TensorFileError(f"{self.path}: {key} holds {dtype}; weights are {', '.join(DTYPES)}")
         array = np.empty(self.shapes[key], DTYPES[dtype])
