@@ -112,7 +112,7 @@ _SHARDED = """
 import sys
 sys.path.insert(0, "tests")
 import jax, numpy as np, functools
-import test_masking as t
+import masking_cases as t
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 for kind, (modalities, masking, tasks) in ((AxisType.Auto, t.CASES["refill"]), (AxisType.Explicit, t.NO_PIXELS)):
     raw = t.make_raw(modalities, 8, 0, len(tasks))
