@@ -1,7 +1,8 @@
-"""Settings of the whole test suite: CPU, a compilation cache, slow tests last."""
+"""Settings of the whole test suite: CPU, a compilation cache, and the order: slow tests last, where it can be."""
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 
@@ -16,4 +17,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    def slow(item) -> bool:
+        return item.get_closest_marker("slow") is not None
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Files go to processes whole: those with slow tests first, or one process works alone at the end.
+        long = collections.Counter(item.path for item in items if slow(item))
+        items.sort(key=lambda item: (-long[item.path], str(item.path), slow(item)))
+    else:
+        items.sort(key=slow)
