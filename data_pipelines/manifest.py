@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from fm4m.files import complete_file
 from fm4m.modalities import Modality
 
 FORMAT = "fm4m token files"
@@ -120,9 +121,8 @@ def read_manifest(root: str | os.PathLike, split: str) -> dict:
 
 def write_manifest(folder: pathlib.Path, manifest: dict) -> None:
     """Replaces the manifest of a split's folder in one step."""
-    beside = folder / f".{MANIFEST}.{os.getpid()}"
-    beside.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    os.replace(beside, folder / MANIFEST)
+    with complete_file(folder / MANIFEST) as beside:
+        beside.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

@@ -12,15 +12,16 @@ from it with ``train.init_from``. ``--with=ema,optimizer`` takes along the movin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Sequence
 
 import jax
 
 from fm4m import checkpoint, loading
+from fm4m.files import complete_folder
 from fm4m.interop import ml4m, stablehlo, tensor_file
 from fm4m.modalities import ModalitySet
 
@@ -42,22 +43,20 @@ def import_model(
 
     Args:
       source: a folder or safetensors file, see `fm4m.interop.ml4m.Source`.
-      target: the run folder; must not exist.
+      target: the run folder; must not exist, or be empty.
       modalities: the modality set, for names that are not those of the released models.
       tie_heads: keep one table for decoder tokens and head.
       extras: of "ema" and "optimizer", what to take along from the files beside the weights.
 
     Returns the source, closed again; its ``config`` and ``modalities`` describe the model.
 
-    Raises FileExistsError for a target that exists, and what `Source` raises; then no target is left.
+    Raises FileExistsError for a target that holds something, and what `Source` raises; then no target is left.
     """
-    target = pathlib.Path(target).absolute()
-    if target.exists():
-        raise FileExistsError(f"{target} exists already: choose another folder, or remove it")
-    model = ml4m.Source(source, modalities, tie_heads=tie_heads)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     parts = 1 + ("ema" in extras) + 2 * ("optimizer" in extras)
-    try:
+    with (
+        complete_folder(target) as beside,
+        contextlib.closing(ml4m.Source(source, modalities, tie_heads=tie_heads)) as model,
+    ):
         with _progress(f"import {model.path.name}", parts * model.layout.size) as bar:
             loaded = model.load(bar.update)
             state, step = {"params": _to_jax(loaded.params)}, 0
@@ -78,10 +77,6 @@ def import_model(
         if loaded.positions:
             shapes = {key: table.shape for key, table in loaded.positions.items()}
             tensor_file.write(beside / POSITIONS, shapes, loaded.positions.__getitem__, {})
-        os.replace(beside, target)
-    finally:
-        model.close()
-        shutil.rmtree(beside, ignore_errors=True)
     return model
 
 

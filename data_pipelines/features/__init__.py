@@ -27,6 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from data_pipelines.features.lite0 import EfficientNetLite0
+from fm4m.files import complete_file
 
 __all__ = ["EfficientNetLite0", "FeatureExtractor", "load_features"]
 
@@ -105,14 +106,8 @@ def load_features(
     if path.is_file():
         return _read_cache(path, shape)
     features = _compute(pack, extractor, shape)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, features, allow_pickle=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with complete_file(path) as partial:
+        np.save(partial, features, allow_pickle=False)
     return features
 
 

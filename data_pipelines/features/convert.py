@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipelines.features import weights
+from fm4m.files import complete_file
 
 
 def convert(out: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> pathlib.Path:
@@ -39,12 +40,8 @@ def convert(out: str | os.PathLike[str], source: str | os.PathLike[str] | None =
     else:
         metadata = {"source": pathlib.Path(source).name}
     metadata["model"] = "EfficientNet-lite0"
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    try:
+    with complete_file(out) as partial:
         save_file(state, partial, metadata=metadata)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 from data_pipelines.rooms.furniture import Catalogue, open_catalogues
 from data_pipelines.rooms.library import ModelLibrary, split_models, usable_models
 from data_pipelines.rooms.pack import encode_sample, write_pack
+from fm4m.files import complete_file
 
 GENERATOR_VERSION = 1
 _SPLIT_STREAM = {"train": 0, "val": 1}
@@ -33,9 +33,8 @@ def write_split_file(path: pathlib.Path, catalogues: list[Catalogue]) -> None:
     split["class_of"] = {m.model_id: m.label.class_name for m in models}
     split["creator_of"] = {m.model_id: m.entry.creator for m in models}
     split["catalogues"] = [c.path.name for c in catalogues]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(split, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with complete_file(path) as partial:
+        partial.write_text(json.dumps(split, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _start_worker(paths: list[str], license: str, split: str, seed: int, views: int, resolution: int) -> None:

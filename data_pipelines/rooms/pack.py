@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.rooms.classes import CLASSES, palette
+from fm4m.files import complete_file
 
 FORMAT = "rooms-pack"
 VERSION = 1
@@ -80,18 +81,12 @@ def write_pack(
       ValueError: no samples, a sample of another resolution, or depths that millimetres cannot hold.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            index, lines = _write_samples(path, archive, samples, first)
-            archive.writestr(zipfile.ZipInfo("meta.jsonl", _DATE), b"\n".join(lines), zipfile.ZIP_DEFLATED, 9)
-            index |= {"split": split, "license": license, "generator": generator or {}}
-            text = json.dumps(index, separators=(",", ":"))
-            archive.writestr(zipfile.ZipInfo("index.json", _DATE), text, zipfile.ZIP_DEFLATED, 9)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with complete_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        index, lines = _write_samples(path, archive, samples, first)
+        archive.writestr(zipfile.ZipInfo("meta.jsonl", _DATE), b"\n".join(lines), zipfile.ZIP_DEFLATED, 9)
+        index |= {"split": split, "license": license, "generator": generator or {}}
+        text = json.dumps(index, separators=(",", ":"))
+        archive.writestr(zipfile.ZipInfo("index.json", _DATE), text, zipfile.ZIP_DEFLATED, 9)
     return index["count"]
 
 

@@ -25,6 +25,7 @@ from data_pipelines import manifest, records
 from data_pipelines.rooms import modalities as rooms
 from data_pipelines.rooms.pack import SHIPPED, RoomsPack
 from fm4m import modalities as modalities_lib
+from fm4m.files import complete_file
 from fm4m.modalities import Modality
 
 TOKENIZERS = pathlib.Path(__file__).parent / "tokenizers"
@@ -139,9 +140,8 @@ def write_feature_codes(pack: RoomsPack, tokenizer_path: pathlib.Path) -> pathli
     path = feature_codes_file(pack)
     path.unlink(missing_ok=True)
     codes = feature_codes(pack, tokenizer_path, modalities_lib.get(FEATURES), lambda n: None)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"codes": codes}, beside, metadata=_feature_codes_origin(pack, tokenizer_path))
-    os.replace(beside, path)
+    with complete_file(path) as beside:
+        save_file({"codes": codes}, beside, metadata=_feature_codes_origin(pack, tokenizer_path))
     return path
 
 

@@ -15,12 +15,12 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from fm4m.files import complete_folder
 from fm4m.interop import reference_config, tensor_file
 from fm4m.interop.layout import Layout
 from fm4m.interop.reference_config import FormatError
@@ -257,9 +257,6 @@ def save(
 
     Raises FileExistsError if the folder holds something.
     """
-    folder = pathlib.Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already: choose another folder, or remove it")
     layout, reference = Layout(config, modalities), reference_config.from_model(config, modalities)
     positions = dict(positions or {})
 
@@ -268,9 +265,7 @@ def save(
             return positions[key] if key in positions else layout.buffer(key)
         return layout.get(params, key).astype(np.float32, copy=False)
 
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir(parents=True)
+    with complete_folder(folder) as beside:
         shapes = {key: layout.shape(key) for key in layout.stored}
         metadata = {"format": "pt", **layout.aliases, **reference.to_metadata()}
         tensor_file.write(beside / WEIGHTS, shapes, tensor, metadata, progress)
@@ -289,11 +284,6 @@ def save(
         (beside / CONFIG).write_text(json.dumps(dict(reference.fields), indent=2) + "\n")
         described = {"modalities": modalities.to_dict(), "model": dataclasses.asdict(config)}
         (beside / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def read_description(path: str | os.PathLike) -> tuple[ModalitySet, dict[str, Any]]:

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +30,7 @@ import numpy as np
 
 from fm4m import generate, model
 from fm4m.batch import RawBatch
+from fm4m.files import complete_folder
 from fm4m.interop import tensor_file
 from fm4m.modalities import ModalitySet
 from fm4m.optim import path_name
@@ -142,17 +141,11 @@ def save(
     unknown = sorted(set(platforms) - set(PLATFORMS))
     if unknown or not platforms:
         raise ValueError(f"no platform {', '.join(unknown) or 'given'}; choose from {', '.join(PLATFORMS)}")
-    folder = pathlib.Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already: choose another folder, or remove it")
-
     params = flat_params(loaded.params)
     (batch,) = export.symbolic_shape("batch")
     specs = input_specs(modalities, inputs, batch)
     abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir(parents=True)
+    with complete_folder(folder) as beside:
         signature: dict[str, Any] = {"platforms": list(platforms), "jax": jax.__version__, "inputs": _describe(specs)}
         for name, function in functions(loaded, inputs, targets).items():
             exported = export.export(jax.jit(function), platforms=tuple(platforms))(abstract, specs)
@@ -163,11 +156,6 @@ def save(
         tensor_file.write(beside / "params.safetensors", shapes, lambda name: np.asarray(params[name]), {})
         described = {"modalities": modalities.to_dict(), "targets": list(targets)}
         (beside / "signature.json").write_text(json.dumps(signature | described, indent=2) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _describe(specs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,15 +8,16 @@ model at the end of an import); so both are plain file accesses here.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import pathlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
+
+from fm4m.files import complete_file
 
 # How the floats of a file are stored. NumPy has no BF16; it is the upper half of a float32.
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -104,7 +105,7 @@ def write(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
-    with _complete_or_absent(pathlib.Path(path)) as file:
+    with complete_file(path) as beside, open(beside, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
             array = tensor(name)
@@ -112,16 +113,3 @@ def write(
                 raise ValueError(f"{name} is {array.dtype} {array.shape}; announced was float32 {tuple(shape)}")
             file.write(np.ascontiguousarray(array).data)
             progress(array.size)
-
-
-@contextlib.contextmanager
-def _complete_or_absent(path: pathlib.Path) -> Iterator:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm4m.files import complete_file
 from fm4m.tokenizers import preprocess, vqvae_model
 from fm4m.tokenizers.config import VQConfig
 from fm4m.tokenizers.tokenizer import Tokenizer
@@ -76,14 +77,9 @@ def save(path: str | os.PathLike, tokenizer: Tokenizer, dtype: str = "float32") 
         tensors |= {f"{prefix}.{k}": np.asarray(v, np.float32) for k, v in tree.items()}
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with complete_file(path) as beside:
         # As bytes rather than by `save_file`, which makes files that only their owner may read.
         beside.write_bytes(to_bytes(tensors, metadata={"format": FORMAT, "config": tokenizer.config.to_json()}))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike) -> Tokenizer:

@@ -24,6 +24,8 @@ import pathlib
 import string
 from collections.abc import Iterable, Mapping, Sequence
 
+from fm4m.files import complete_file
+
 PAD_ID, UNK_ID, SOS_ID, EOS_ID = 0, 1, 2, 3
 CONTROL_TOKENS = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")
 NUM_SENTINELS = 200
@@ -96,14 +98,8 @@ class TextTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the JSON file beside its target, then renames it."""
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with complete_file(path) as beside:
             beside.write_text(self._backend.to_str(pretty=False) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @property
     def vocab_size(self) -> int:
