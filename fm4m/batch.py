@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm4m.modalities import ModalitySet
-
-# ImageNet statistics of RGB in 0..1; the reference implementation normalises the encoder's pixels by them.
-RGB_MEAN = (0.485, 0.456, 0.406)
-RGB_STD = (0.229, 0.224, 0.225)
+from fm4m.transforms.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def _check(name: str, array: Any, dtype: Any, shape: tuple) -> None:
@@ -136,7 +133,8 @@ def check_raw(raw: RawBatch, modalities: ModalitySet) -> None:
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """uint8 RGB [B, H, W, 3] to normalised patches float32 [B, (H/p)(W/p), p*p*3], flattened (row, column, channel)."""
     b, h, w, c = images.shape
-    x = (images.astype(jnp.float32) / 255.0 - jnp.array(RGB_MEAN, jnp.float32)) / jnp.array(RGB_STD, jnp.float32)
+    mean, std = (jnp.array(values, jnp.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    x = (images.astype(jnp.float32) / 255.0 - mean) / std
     # One axis a reshape: where shardings are types, JAX refuses to split or join several at once.
     x = x.reshape(b, h // patch_size, patch_size, w, c)
     x = x.reshape(b, h // patch_size, patch_size, w // patch_size, patch_size, c).transpose(0, 1, 3, 2, 4, 5)

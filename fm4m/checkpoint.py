@@ -186,7 +186,10 @@ class Checkpoints:
         stored = dict(self._manager.item_metadata(step).items()).get(part)
         if stored is None:
             where = f"the checkpoint of step {step} in {self.folder}"
-            raise CheckpointError(f"{where} has no {part!r}" + (" (optimizer.ema was 0)" if part == "ema" else ""))
+            why = " (optimizer.ema was 0)" if part == "ema" else ""
+            if part == "opt_state":
+                why = ": imported weights without it cannot be continued; start a new run from them (train.init_from)"
+            raise CheckpointError(f"{where} has no {part!r}{why}")
         return getattr(stored, "tree", stored)
 
     def _check_arrays(self, stored: Any, wanted: Any, step: int, part: str) -> None:

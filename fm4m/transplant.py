@@ -50,7 +50,6 @@ def transplant(source: LoadedModel, config: ModelConfig, modalities: ModalitySet
     old, new = Layout(source.config, source.modalities), Layout(config, modalities)
     params = jax.tree.map(np.array, params)
     known, fresh = set(old.parameters), set()
-    places: dict[str, str] = {}  # what is shared or tied here, by its slots -> the first key
     for key in new.parameters:
         if key not in known:
             if not key.startswith(_EMBEDDINGS):
@@ -60,11 +59,11 @@ def transplant(source: LoadedModel, config: ModelConfig, modalities: ModalitySet
         if old.shape(key) != new.shape(key):
             raise ValueError(f"{key} has shape {old.shape(key)} in the model to start from, here {new.shape(key)}")
         tensor = old.get(source.params, key)
-        first = places.setdefault(repr(new.slots(key)), key)
-        if first != key and not np.array_equal(tensor, old.get(source.params, first)):
+        twin = new.twins.get(key)
+        if twin in known and not np.array_equal(tensor, old.get(source.params, twin)):
             option = "share_modality_embeddings" if key.endswith("mod_emb") else "tied_heads"
             raise ValueError(
-                f"{first} and {key} differ in the model to start from, here they are one: set model.{option}=False"
+                f"{key} and {twin} differ in the model to start from, here they are one: set model.{option}=False"
             )
         new.set(params, key, tensor)
     left = known - set(new.parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fm4m.batch import RGB_MEAN, RGB_STD, PackedBatch, RawBatch, Tokens
+from fm4m.batch import IMAGENET_MEAN, IMAGENET_STD, PackedBatch, RawBatch, Tokens
 from fm4m.masking import Draws
 from fm4m.masking_recipe import Masking
 from fm4m.modalities import ModalitySet
@@ -180,6 +180,6 @@ def dense(raw: RawBatch, modalities: ModalitySet, length):
                     continue
                 r, c, p = n // m.grid[1], n % m.grid[1], m.patch_size
                 patch = values[b, r * p : (r + 1) * p, c * p : (c + 1) * p].astype(np.float32) / np.float32(255)
-                vectors[b, n] = ((patch - np.float32(RGB_MEAN)) / np.float32(RGB_STD)).reshape(-1)
+                vectors[b, n] = ((patch - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)).reshape(-1)
         out[name] = vectors
     return out

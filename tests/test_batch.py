@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fm4m.batch import RGB_MEAN, RGB_STD, PackedBatch, RawBatch, Tokens, check_raw, patchify
+from fm4m.batch import IMAGENET_MEAN, IMAGENET_STD, PackedBatch, RawBatch, Tokens, check_raw, patchify
 from fm4m.modalities import Modality, ModalitySet
 
 SET = ModalitySet(
@@ -69,5 +69,5 @@ def test_patchify_is_row_column_channel():
     patches = np.asarray(patchify(jnp.asarray(images), 4))
     assert patches.shape == (2, 4, 48)
     # Patch 1 is the upper right one; its element (row 2, column 1, channel 2).
-    want = (images[1, 2, 5, 2] / 255 - RGB_MEAN[2]) / RGB_STD[2]
+    want = (images[1, 2, 5, 2] / 255 - IMAGENET_MEAN[2]) / IMAGENET_STD[2]
     np.testing.assert_allclose(patches[1, 1, 2 * 12 + 1 * 3 + 2], want, rtol=1e-5)

@@ -124,6 +124,13 @@ def test_position_tables():
         grid_positions((2, 2), 6)
 
 
+def test_grid_positions_are_row_major():
+    positions = grid_positions((2, 3), 8).reshape(2, 3, 8)
+    row, column = np.array([1.0, 0.01]), np.array([2.0, 0.02])
+    expected = np.concatenate([np.sin(row), np.cos(row), np.sin(column), np.cos(column)])
+    np.testing.assert_allclose(positions[1, 2], expected, atol=1e-6)
+
+
 def test_fourier_positions_tell_neighbouring_cells_apart():
     near, far = (p @ p.T / 32 for p in (sincos(np.arange(32), 64), fourier(np.arange(32), 64)))
     np.testing.assert_allclose(np.diagonal(near), 1)

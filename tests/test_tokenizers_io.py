@@ -8,11 +8,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from fixtures import FIXTURES
 
 from fm4m.tokenizers import io, preprocess, reconstruction, vqvae_model
 from fm4m.tokenizers.config import DOMAINS, VQConfig
 from fm4m.tokenizers.tokenizer import Tokenizer
-from tests.fixtures import FIXTURES
+from fm4m.transforms.images import standardise_depth
 
 SMALL = {
     "codebook_size": 24, "latent_dim": 8, "encoder_dim": 16, "encoder_depth": 1, "encoder_heads": 2, "decoder_dim": 16,
@@ -229,16 +230,16 @@ def test_depth_standardisation_matches_reference():
         pytest.skip("the arrays written by the reference implementation are not beside this checkout")
     arrays = np.load(FIXTURES / "transforms" / "transforms_images.npz")
     for i in range(3):
-        ours = preprocess.standardise_depth(arrays[f"depth_raw/{i}"])
+        ours = standardise_depth(arrays[f"depth_raw/{i}"])
         np.testing.assert_allclose(ours, arrays[f"depth_std/{i}"], atol=1e-5)
 
 
 def test_depth_standardisation_ignores_scale_and_outliers():
     depth = small_array(small_config("depth"), 2)
-    base = preprocess.standardise_depth(depth)
-    np.testing.assert_allclose(preprocess.standardise_depth(3.0 * depth + 2.0), base, atol=1e-3)
+    base = standardise_depth(depth)
+    np.testing.assert_allclose(standardise_depth(3.0 * depth + 2.0), base, atol=1e-3)
     depth[:, 0, 0] = 1e4
-    far = np.asarray(preprocess.standardise_depth(depth))
+    far = np.asarray(standardise_depth(depth))
     np.testing.assert_allclose(far.reshape(2, -1)[:, 1:], np.asarray(base).reshape(2, -1)[:, 1:], atol=0.05)
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import FIXTURES
 
 from fm4m.tokenizers import quantize, vqvae_model
 from fm4m.tokenizers.config import VQConfig
-from tests.fixtures import FIXTURES
 
 REFERENCE = VQConfig(
     "rgb", (64, 64), 8, 3, codebook_size=128, latent_dim=16, norm_latents=True, encoder_dim=64, encoder_depth=2,
@@ -135,13 +135,6 @@ def test_patchify_round_trip_and_order():
     assert patches.shape == (2, 6, 48)
     np.testing.assert_array_equal(patches[1, 4], x[1, 4:8, 4:8].transpose(2, 0, 1).ravel())  # row 1, column 1
     np.testing.assert_array_equal(vqvae_model.unpatchify(patches, 4, (2, 3)), x)
-
-
-def test_positions_are_row_major():
-    positions = vqvae_model.sincos_2d(2, 3, 8).reshape(2, 3, 8)
-    row, column = np.array([1.0, 0.01]), np.array([2.0, 0.02])
-    expected = np.concatenate([np.sin(row), np.cos(row), np.sin(column), np.cos(column)])
-    np.testing.assert_allclose(positions[1, 2], expected, atol=1e-6)
 
 
 def unit_rows(seed: int, *shape: int) -> np.ndarray:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fixtures import needs_fixtures
 from hypothesis import given
 from hypothesis import strategies as st
+from transform_fixtures import garbage, quick, seeds, strings
 
 from fm4m.tokenizers import text
 from fm4m.transforms import boxes, crops, values
 from fm4m.transforms.boxes import Box
-from tests.fixtures import needs_fixtures
-from tests.transform_fixtures import garbage, quick, seeds, strings
 
 WORD_CHARACTERS = "abcdefghijklmnopqrstuvwxyz"
 names = st.one_of(st.sampled_from(text.COCO_CLASSES), st.text(WORD_CHARACTERS, min_size=1, max_size=8))

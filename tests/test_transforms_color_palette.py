@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fixtures import needs_fixtures
 from hypothesis import given
 from hypothesis import strategies as st
+from transform_fixtures import garbage, quick, strings
 
 from fm4m.transforms import color_palette, values
-from tests.fixtures import needs_fixtures
-from tests.transform_fixtures import garbage, quick, strings
 
 palettes = st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=7)
 RECORD = [{str(n): [[n, 10 * n, 30 * n]] * n for n in range(1, 8)}]

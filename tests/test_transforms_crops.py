@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fixtures import needs_fixtures
 from hypothesis import given
 from hypothesis import strategies as st
+from transform_fixtures import quick, seeds, strings
 
 from fm4m.transforms import captions, crops
 from fm4m.transforms.crops import Crop
-from tests.fixtures import needs_fixtures
-from tests.transform_fixtures import quick, seeds, strings
 
 sizes = st.tuples(st.integers(1, 700), st.integers(1, 700))
 

@@ -7,13 +7,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fixtures import needs_fixtures
 from hypothesis import given
 from hypothesis import strategies as st
+from transform_fixtures import garbage, quick, seeds, strings
 
 from fm4m.transforms import crops, human_poses, values
 from fm4m.transforms.human_poses import Person
-from tests.fixtures import needs_fixtures
-from tests.transform_fixtures import garbage, quick, seeds, strings
 
 
 def numbers(count: int, low: float, high: float):

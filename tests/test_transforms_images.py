@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fixtures import needs_fixtures
+from transform_fixtures import pictures, strings
 
 from fm4m.transforms import crops, images
 from fm4m.transforms.crops import Crop
-from tests.fixtures import needs_fixtures
-from tests.transform_fixtures import pictures, strings
 
 WHOLE = Crop(0, 0, 4, 6)
 HALF = (0.5, 0.5, 0.5)

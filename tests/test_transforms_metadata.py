@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fixtures import needs_fixtures
 from hypothesis import given
 from hypothesis import strategies as st
+from transform_fixtures import garbage, quick, seeds, strings
 
 from fm4m.transforms import metadata, values
-from tests.fixtures import needs_fixtures
-from tests.transform_fixtures import garbage, quick, seeds, strings
 
 records = st.dictionaries(st.sampled_from(metadata.NAMES), st.floats(-10, 40000), max_size=21)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fixtures import needs_fixtures
 from hypothesis import given
 from hypothesis import strategies as st
+from transform_fixtures import garbage, quick, seeds, strings
 
 from fm4m.transforms import sam_instances, values
 from fm4m.transforms.sam_instances import Found, Instance, Query
-from tests.fixtures import needs_fixtures
-from tests.transform_fixtures import garbage, quick, seeds, strings
 
 SQUARE = np.array([[0, 0], [10, 0], [10, 10], [0, 10]])
 CODES = tuple(range(504, 520))

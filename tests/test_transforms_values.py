@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transform_fixtures import garbage, quick, seeds
 
 from fm4m.tokenizers import text
 from fm4m.transforms import values
-from tests.transform_fixtures import garbage, quick, seeds
 
 
 @quick

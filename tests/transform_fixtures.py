@@ -6,10 +6,9 @@ import functools
 import json
 
 import numpy as np
+from fixtures import FIXTURES
 from hypothesis import settings
 from hypothesis import strategies as st
-
-from tests.fixtures import FIXTURES
 
 
 @functools.cache

@@ -56,6 +56,7 @@ class Layout:
     Attributes:
       parameters: all keys of trained tensors, aliases of shared tensors included, in the order of a forward pass.
       buffers: keys of constants: fixed position tables, and the zero biases of norms that have none.
+      twins: for every parameter that has another key too (shared modality embeddings, tied heads) that key.
       aliases: keys that share another key's memory and are left out of a file: left-out key -> stored key.
     """
 
@@ -67,10 +68,13 @@ class Layout:
         self._add_embeddings("encoder_embeddings", modalities.inputs)
         self._add_embeddings("decoder_embeddings", modalities.outputs)
         self.parameters, self.buffers = tuple(self._slots), tuple(self._buffers)
-        self.aliases: dict[str, str] = {}
-        if config.share_modality_embeddings:
-            both = [name for name in modalities.inputs if name in modalities.outputs]
-            self.aliases = {f"encoder_embeddings.{n}.mod_emb": f"decoder_embeddings.{n}.mod_emb" for n in both}
+        places: dict[str, list[str]] = {}
+        for key, slots in self._slots.items():
+            places.setdefault(repr(slots), []).append(key)
+        pairs = [keys for keys in places.values() if len(keys) == 2]
+        self.twins = {a: b for pair in pairs for a, b in (pair, reversed(pair))}
+        # The reference's own class unties heads before it stores them.
+        self.aliases = {a: b for a, b in pairs if a.endswith(".mod_emb")}
 
     # ---- what the layout consists of
 
@@ -193,7 +197,8 @@ class Layout:
         """A parameter's tensor, contiguous, taken from a tree shaped like our parameters (or their moments)."""
         parts = []
         for slot in self.slots(key):
-            view = np.asarray(_leaf(params, slot.path)[slot.index])
+            # The whole array first: JAX would copy every slice of its own.
+            view = np.asarray(_leaf(params, slot.path))[slot.index]
             parts.append(view.T if slot.transpose else view)
         tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return np.ascontiguousarray(tensor).reshape(self.shape(key))

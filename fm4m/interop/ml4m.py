@@ -134,7 +134,7 @@ class Source:
     def _check_keys(self) -> None:
         have, layout = self.file.shapes, self.layout
         for key in (*layout.parameters, *layout.buffers):
-            if key not in have and self._stand_in(key) is None:
+            if self._stored_as(key) is None:
                 raise FormatError(f"{self.path} lacks {key}, which its configuration asks for ({_sizes(self.config)})")
         known = {*layout.parameters, *layout.buffers}
         extra = sorted(key for key in have if key not in known)
@@ -148,17 +148,10 @@ class Source:
                 wanted = layout.shape(key)
                 raise FormatError(f"{self.path}: {key} has shape {shape}; its configuration asks for {wanted}")
 
-    def _stand_in(self, key: str) -> str | None:
-        """The other stored key of a tensor that this model has only one place for; None if there is none."""
-        sides = {"encoder_embeddings": "decoder_embeddings", "decoder_embeddings": "encoder_embeddings"}
-        side, _, rest = key.partition(".")
-        candidates = []
-        if self.config.share_modality_embeddings and key.endswith(".mod_emb"):
-            candidates.append(f"{sides.get(side)}.{rest}")
-        if self.config.tied_heads and side == "decoder_embeddings":
-            stem = key.removesuffix("token_emb.weight").removesuffix("to_logits.weight")
-            candidates += [f"{stem}to_logits.weight", f"{stem}token_emb.weight"]
-        return next((other for other in candidates if other != key and other in self.file.shapes), None)
+    def _stored_as(self, key: str) -> str | None:
+        """The key that a file holds a tensor under: its own, one that the metadata names, or that of its twin."""
+        candidates = (key, self.file.metadata.get(key), self.layout.twins.get(key))
+        return next((name for name in candidates if name in self.file.shapes), None)
 
     def load(self, progress: Progress = lambda elements: None) -> Model:
         """Reads all tensors, one at a time, into arrays of our layout.
@@ -167,9 +160,7 @@ class Source:
         """
         params, positions, layout = self.layout.zeros(), {}, self.layout
         for key in (*layout.parameters, *layout.buffers):
-            if key not in self.file.shapes:
-                continue
-            tensor = self.file.read(key)
+            tensor = self.file.read(self._stored_as(key))
             if key in layout.buffers:
                 self._check_buffer(key, tensor, positions)
             else:
@@ -189,13 +180,13 @@ class Source:
             positions[key] = tensor
 
     def _check_equal(self, key: str, tensor: np.ndarray, file: tensor_file.TensorFile, prefix: str = "") -> None:
-        other = self._stand_in(key)
+        twin = self.layout.twins.get(key)
         # Each pair is looked at from one side.
-        if other is None or key > other or prefix + other not in file.shapes:
+        if twin is None or key > twin or prefix + twin not in file.shapes:
             return
-        if not np.array_equal(tensor, file.read(prefix + other)):
+        if not np.array_equal(tensor, file.read(prefix + twin)):
             what = "share_modality_embeddings is set" if key.endswith("mod_emb") else "tied heads were asked for"
-            raise FormatError(f"{file.path}: {prefix}{key} and {prefix}{other} differ, but {what}")
+            raise FormatError(f"{file.path}: {prefix}{key} and {prefix}{twin} differ, but {what}")
 
     def load_moments(self, progress: Progress = lambda elements: None) -> tuple[dict[str, Any], int]:
         """Adam's moments {"mu", "nu"} from ``optimizer.safetensors`` beside the weights, and their step."""

@@ -24,11 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm4m.tokenizers.config import VQConfig
+from fm4m.transforms.images import standardise_depth
 
 Stats = dict[str, np.ndarray]
 STATS_SHAPES = {"mean": (), "std": (), "pca": (3,)}  # after the leading channel axis
-DEPTH_QUANTILES = (0.1, 0.9)
-DEPTH_EPS = 1e-6
 # Near to far, dark red over yellow and green to dark blue: relative depth stays readable in a small picture.
 _DEPTH_COLOURS = np.array(
     [[158, 1, 66], [244, 109, 67], [254, 224, 139], [171, 221, 164], [50, 136, 189], [60, 40, 110]], np.float32
@@ -61,26 +60,12 @@ def check_array(config: VQConfig, array) -> np.ndarray:
     return array
 
 
-def standardise_depth(depth: jax.Array) -> jax.Array:
-    """(x - mean) / sqrt(var + 1e-6) per image, mean and unbiased var of the sorted values from 10 % to 90 %.
-
-    Args:
-      depth: float [B, H, W].
-    """
-    values = jnp.sort(depth.reshape(depth.shape[0], -1), axis=-1)
-    low, high = (int(q * values.shape[-1]) for q in DEPTH_QUANTILES)
-    values = values[:, low:high]
-    mean = values.mean(axis=-1)[:, None, None]
-    variance = values.var(axis=-1, ddof=1)[:, None, None]
-    return (depth - mean) / jnp.sqrt(variance + DEPTH_EPS)
-
-
 def to_input(config: VQConfig, stats: Stats, array: jax.Array) -> jax.Array:
     """Stored batch to network input: f32 [B, H, W, C], or int32 [B, H, W] class ids for semseg. Jittable."""
     if config.domain in ("rgb", "normal"):
         return array.astype(jnp.float32) / 127.5 - 1.0
     if config.domain == "depth":
-        return standardise_depth(array.astype(jnp.float32))[..., None]
+        return standardise_depth(array.astype(jnp.float32), jnp)[..., None]
     if config.domain == "semseg":
         return array.astype(jnp.int32)
     return (array.astype(jnp.float32) - stats["mean"]) / stats["std"]

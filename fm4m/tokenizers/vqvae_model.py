@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm4m.positions import grid_positions
 from fm4m.tokenizers import quantize
 from fm4m.tokenizers.config import VQConfig
 
@@ -31,14 +32,6 @@ CONVNEXT_BLOCKS = 2
 LAYER_SCALE_INIT = 1e-6
 
 Params = dict[str, Any]
-
-
-def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
-    """Fixed positions f32 [height*width, dim], row-major: [sin row, cos row, sin column, cos column]."""
-    omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    angles = [axis.reshape(-1, 1) * omega for axis in (rows, columns)]
-    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
@@ -87,7 +80,7 @@ def _exact_gelu(x: jax.Array) -> jax.Array:
 
 def _vit(p: Params, x: jax.Array, heads: int, grid: tuple[int, int]) -> jax.Array:
     """Positions, blocks and the post-MLP (where there is one) on [B, h*w, D]."""
-    x = x + sincos_2d(*grid, x.shape[-1])
+    x = x + grid_positions(grid, x.shape[-1]).astype(np.float32)
 
     def block(x, p):
         x = x + _attention(p["attn"], layer_norm(p["norm1"], x), heads)

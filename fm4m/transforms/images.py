@@ -13,10 +13,14 @@ What a crop holds beyond its image is 0. Resizing is Pillow's, which averages ov
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 
 from fm4m.transforms.crops import Crop
 
+# The reference implementation normalises the encoder's pixels by these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FILTERS = ("nearest", "bilinear", "bicubic")
@@ -114,18 +118,21 @@ def denormalise(image: np.ndarray, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> np.n
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
-def standardise_depth(depth: np.ndarray) -> np.ndarray:
-    """(x - mean) / sqrt(var + 1e-6), mean and unbiased var of the sorted values from 10 % to 90 %.
+def standardise_depth(depth: Any, xp: ModuleType = np) -> Any:
+    """(x - mean) / sqrt(var + 1e-6) per image, mean and unbiased var of the sorted values from 10 % to 90 %.
 
     Args:
-      depth: float [h, w], one image with at least three pixels.
+      depth: float [..., h, w], images of at least three pixels.
+      xp: the library of the array, NumPy or `jax.numpy`.
 
     Returns:
-      float32 [h, w]; scale and shift of the map are lost.
+      float32 [..., h, w]; scale and shift of the map are lost.
     """
-    ordered = np.sort(np.asarray(depth, np.float64), axis=None)
-    kept = ordered[int(DEPTH_TRIM * ordered.size) : int((1 - DEPTH_TRIM) * ordered.size)]
-    return ((depth - kept.mean()) / np.sqrt(kept.var(ddof=1) + DEPTH_EPS)).astype(np.float32)
+    ordered = xp.sort(depth.reshape(*depth.shape[:-2], -1), axis=-1)
+    size = ordered.shape[-1]
+    kept = ordered[..., int(DEPTH_TRIM * size) : int((1 - DEPTH_TRIM) * size)]
+    mean, variance = kept.mean(-1)[..., None, None], kept.var(-1, ddof=1)[..., None, None]
+    return ((depth - mean) / xp.sqrt(variance + DEPTH_EPS)).astype(np.float32)
 
 
 def _expect(image: np.ndarray, domain: str, dtype: str, ndim: int) -> np.ndarray:
