@@ -35,6 +35,8 @@ setuptools.setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        # The TPU compiler, for fm4m.aot on machines without a TPU; the version of jax 0.10.2's own [tpu] extra.
+        "aot": ["libtpu==0.0.42.*"],
         "data": [
             "array_record>=0.8.3",
             "grain>=0.2.18",

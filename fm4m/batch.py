@@ -53,6 +53,26 @@ class RawBatch:
         return self.task.shape[0]
 
 
+def abstract_batch(
+    modalities: ModalitySet, global_batch: int, sharding: jax.sharding.Sharding
+) -> tuple[RawBatch, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and sharding of a raw batch, and of its rows' positions in the stream (uint32 [B])."""
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((global_batch, *shape), dtype, sharding=sharding)
+
+    dense = {}
+    for name in modalities.continuous:
+        m = modalities[name]
+        if m.kind == "pixels":
+            height, width = (side * m.patch_size for side in m.grid)
+            dense[name] = rows(jnp.uint8, height, width, m.channels)
+        else:
+            dense[name] = rows(jnp.float16, m.max_tokens, m.channels)
+    tokens, length = rows(jnp.uint16, modalities.num_slots), rows(jnp.int16, len(modalities))
+    return RawBatch(tokens, length, rows(jnp.uint8), dense), rows(jnp.uint32)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:

@@ -8,7 +8,6 @@ file.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -49,7 +48,7 @@ def make_meta(
     seed: int | None,
     mixture: Mapping | None,
     modalities: ModalitySet,
-    model: Any,
+    model: ModelConfig,
     config: Mapping,
     origin: Mapping | None = None,
 ) -> dict:
@@ -61,7 +60,7 @@ def make_meta(
       seed: seed of the run; None for imported weights.
       mixture: `Stream.resolved`, with the masking recipe; None for imported weights.
       modalities: the modality set.
-      model: the model's configuration, a dataclass.
+      model: the model's configuration.
       config: the whole configuration, a nested dict.
       origin: where imported weights came from.
     """
@@ -69,7 +68,7 @@ def make_meta(
     versions |= {"fm4m": fm4m.__version__, "python": platform.python_version()}
     return _plain({
         "format": FORMAT, "step": step, "position": position, "seed": seed, "mixture": mixture,
-        "modalities": modalities.to_dict(), "model": dataclasses.asdict(model), "config": config, "versions": versions,
+        "modalities": modalities.to_dict(), "model": model.identity, "config": config, "versions": versions,
         **({"origin": origin} if origin else {}),
     })  # fmt: skip
 

@@ -6,6 +6,7 @@ is an error that names the nearest one, on the command line as well as in the fi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 import re
@@ -95,10 +96,12 @@ def default() -> ml_collections.ConfigDict:
     c.model.decoder_causal_mask = placeholder(bool)
     # The MLP's hidden width is stored rounded up to a multiple of this; what is added stays zero.
     c.model.mlp_multiple = placeholder(int)
-    # One scanned layer (short compilation) or unrolled ones (faster on TPU).
-    c.model.scan_layers = placeholder(bool)
+    # Layers that are compiled together and repeated by a loop: 1 (shortest compilation), g, or 0 for all (no loop).
+    c.model.scan_group = placeholder(int)
     # What the backward pass keeps: none (everything), dots, projections, residual, full (nothing).
     c.model.remat = placeholder(str)
+    # Attention: einsum, pallas (TPU) or cudnn (GPU). None: the fastest that the devices have.
+    c.model.attention = placeholder(str)
     # Of activations and matrix products: bfloat16 or float32. Parameters are float32.
     c.model.dtype = placeholder(str)
 
@@ -128,6 +131,10 @@ def default() -> ml_collections.ConfigDict:
     c.train.loss = "mod"
     # How cross-entropy is computed: "blocked" (each target through its own head) or "dense" (through all of them).
     c.train.loss_method = "blocked"
+    # Corrections of how many targets of a modality a sample is expected to have, as "caption=11.5"; otherwise what the
+    # masking recipe gives texts of full length. Only speed depends on it, and the metric train/targets_per_sample/NAME
+    # has the truth.
+    c.train.expected_targets = ()
     # Over 0: leave after this many steps of this process, saving nothing more, as a preemption would.
     c.train.stop_after = 0
 
@@ -150,9 +157,10 @@ def default() -> ml_collections.ConfigDict:
     c.optimizer.ema = 0.0
 
     c.mesh = _Section()
-    # Devices along each axis; -1 takes what the other two leave. data: copies of the parameters (across slices);
-    # fsdp: parameters and batch are split; tensor: matrices are split, every device of the axis sees the same samples.
-    c.mesh.data = 1
+    # Devices along each axis. data: copies of the parameters (across slices); fsdp: parameters and batch are split;
+    # tensor: matrices are split, every device of the axis sees the same samples. -1 takes what the others leave; if
+    # both data and fsdp are -1, fsdp takes up to 16 (fm4m.sharding.LARGEST_FSDP).
+    c.mesh.data = -1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
 
@@ -195,6 +203,12 @@ def default() -> ml_collections.ConfigDict:
 def model_overrides(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The fields of the registered size that the configuration replaces."""
     return {key: config.model[key] for key in config.model if key != "name" and config.model[key] is not None}
+
+
+def budgets(config: ml_collections.ConfigDict, masking: Any) -> Any:
+    """A mixture's `fm4m.masking.Masking` with the numbers of tokens that the configuration replaces."""
+    given = {key: config.data[key] for key in ("num_inputs", "num_targets") if config.data[key]}
+    return dataclasses.replace(masking, **given)
 
 
 def split_duration(text: str, key: str) -> tuple[float, str]:
@@ -270,9 +284,9 @@ def validate(c: ml_collections.ConfigDict) -> None:
     for axis in ("data", "fsdp", "tensor"):
         need(c.mesh[axis] == -1 or c.mesh[axis] > 0, f"mesh.{axis}", "must be -1 (what is left) or at least 1")
     need(
-        sum(c.mesh[a] == -1 for a in ("data", "fsdp", "tensor")) <= 1,
-        "mesh.data",
-        "only one axis of the mesh can be -1",
+        c.mesh.tensor != -1 or -1 not in (c.mesh.data, c.mesh.fsdp),
+        "mesh.tensor",
+        "can be -1 only where the other two axes are given",
     )
     for key in ("checkpoint.every", "checkpoint.keep_period", "eval.every", "eval.samples", "eval.batch",
                 "eval.baseline_batches", "log.pictures_every"):  # fmt: skip
@@ -290,17 +304,28 @@ def from_command_line(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, s
     """
     try:
         return _from_command_line(list(argv))
-    except (ConfigError, flags.Error) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def _from_command_line(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
-    values = flags.FlagValues()
+    workdirs = [arg for arg in argv[1:] if re.match(r"--?workdir=.", arg)]
+    config = from_flags([arg for arg in argv[1:] if arg not in workdirs], _USAGE)
+    if not workdirs:
+        raise ConfigError(f"--workdir is missing; {_USAGE}")
+    return config, workdirs[-1].split("=", 1)[1]
+
+
+def from_flags(args: Sequence[str], usage: str) -> ml_collections.ConfigDict:
+    """The validated configuration of ``--config=FILE`` and ``--config.SECTION.KEY=VALUE`` flags.
+
+    Raises ConfigError in one sentence, which ends with ``usage`` where a flag is missing or unknown.
+    """
+    argv, values = ["fm4m", *args], flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "The run: a file in configs/.", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures.", flag_values=values)
     # ml_collections reports what is wrong with a file or a key late and at length; look for it first.
-    for arg in argv[1:]:
+    for arg in args:
         if re.match(r"--?config=", arg):
             load(arg.split("=", 1)[1])
         elif match := re.match(r"--?(?:no)?config\.([^=]+)", arg):
@@ -312,13 +337,14 @@ def _from_command_line(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]
         rest = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise ConfigError(_wrong_type(str(error))) from None
+    except flags.Error as error:
+        raise ConfigError(f"{error}; {usage}") from None
     if rest:
-        raise ConfigError(f"{rest[0]!r} is not a flag; {_USAGE}")
-    for name in ("config", "workdir"):
-        if not values[name].value:
-            raise ConfigError(f"--{name} is missing; {_USAGE}")
+        raise ConfigError(f"{rest[0]!r} is not a flag; {usage}")
+    if not values["config"].value:
+        raise ConfigError(f"--config is missing; {usage}")
     validate(values["config"].value)
-    return values["config"].value, values["workdir"].value
+    return values["config"].value
 
 
 def load(path: str) -> ml_collections.ConfigDict:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fm4m import loss as loss_lib
 from fm4m import model as model_lib
@@ -44,28 +45,31 @@ class Evaluator:
         self._stream, self._masking, self._mesh, self._batch = stream, masking, mesh, batch
         self._samples = min(samples, stream.size) if samples else stream.size
         self._modalities: ModalitySet = stream.modalities
-        spread, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        options = step.loss_options(mesh, method)
+        specs = sharding.param_specs(
+            jax.eval_shape(lambda: model_lib.init_params(config, stream.modalities, jax.random.key(0))), mesh
+        )
+        rows = stream.modalities.output_rows
 
         def sums(params: Any, packed: PackedBatch) -> tuple[jax.Array, jax.Array]:
-            hidden = model_lib.forward(params, config, stream.modalities, packed)
-            head = model_lib.head_table(params, config)
-            return loss_lib.cross_entropy_sums(hidden, head, packed, stream.modalities, **options)
+            stacks, gathered, _ = step.weights_at_use(params, config, mesh)
+            own = step.local_loss_sums({**gathered, **stacks}, config, stream.modalities, packed, mesh, method=method)
+            return jax.lax.psum((own, loss_lib.target_counts(packed, stream.modalities)), sharding.BATCH_AXES)
 
         def histogram(packed: PackedBatch) -> jax.Array:
             # Slots without a target are counted in one row past the end, which is dropped.
-            rows = stream.modalities.output_rows
             row = jnp.where(packed.decoder.valid, packed.target, rows)
-            return jnp.zeros(rows, jnp.int32).at[row.reshape(-1)].add(1, mode="drop")
+            counts = jnp.zeros(rows, jnp.int32).at[row.reshape(-1)].add(1, mode="drop")
+            return jax.lax.psum(counts, sharding.BATCH_AXES)
 
         def mask(key: jax.Array, raw: RawBatch, position: jax.Array) -> PackedBatch:
             return mask_batch(raw, masking, stream.modalities, stream.tasks, key, position)
 
         # Masking is the longest of the three to compile, so that it is a program of its own, which all uses share.
-        self._mask = jax.jit(mask, out_shardings=spread)
-        self._sums = jax.jit(sums, out_shardings=replicated)
+        batch = sharding.BATCH
+        self._mask = jax.jit(sharding.local_rows(mask, mesh, in_specs=(P(), batch, batch), out_specs=batch))
+        self._sums = jax.jit(sharding.local_rows(sums, mesh, in_specs=(specs, batch), out_specs=P()))
         self._compiled: Any = None
-        self._histogram = jax.jit(histogram, out_shardings=replicated)
+        self._histogram = jax.jit(sharding.local_rows(histogram, mesh, in_specs=(batch,), out_specs=P()))
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Mean loss in nats a target of every output modality; NaN where the split has no target of it.

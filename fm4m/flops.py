@@ -8,12 +8,13 @@ XLA's own cost analysis counts what the program does, and is not used.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fm4m.masking_recipe import Masking
 from fm4m.modalities import ModalitySet
 
 # Peak dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, and devices that JAX shows for one chip.
@@ -64,6 +65,15 @@ def head_flops(config: Any, modalities: ModalitySet, targets: Mapping[str, float
     Every token goes through the head of its own modality only: 3 * 2 * D * V of it, without the rows that pad V.
     """
     return sum(6.0 * config.dim * modalities[name].vocab_size * count for name, count in targets.items())
+
+
+def step_flops(
+    config: Any, modalities: ModalitySet, masking: Masking, samples: float, counts: Sequence[float]
+) -> float:
+    """FLOPs of ``samples`` samples of which ``counts`` [num modalities] tokens were predicted: trunk and heads."""
+    targets = {name: counts[modalities.index(name)] for name in modalities.outputs}
+    trunk = trunk_flops(config, modalities, masking.input_range[1], masking.target_range[1])
+    return samples * trunk + head_flops(config, modalities, targets)
 
 
 def peak_flops() -> tuple[float, str]:

@@ -137,6 +137,11 @@ class Masking:
         """Least and most tokens of the target budget; the most is M, the decoder's width."""
         return self.num_targets if isinstance(self.num_targets, tuple) else (self.num_targets, self.num_targets)
 
+    @property
+    def most_tokens(self) -> int:
+        """The larger of the encoder's and the decoder's width."""
+        return max(self.input_range[1], self.target_range[1])
+
     def components(self, task: str) -> tuple[MaskingComponent, ...]:
         """The recipe of a task. Raises KeyError if the task is not named and there is no ``"*"``."""
         if task in self.tasks:

@@ -174,7 +174,7 @@ class Window:
 
     def __init__(self, model: Any, modalities: ModalitySet, masking: Masking, batch: int, peak: float):
         self._model, self._modalities, self._batch, self._peak = model, modalities, batch, peak
-        self._slots = masking.input_range[1], masking.target_range[1]
+        self._masking, self._slots = masking, (masking.input_range[1], masking.target_range[1])
         self._values: list[dict[str, np.ndarray]] = []
         self._start, self._paused = time.perf_counter(), 0.0
 
@@ -194,8 +194,7 @@ class Window:
         sums, counts = (np.sum([v[k] for v in values], axis=0, dtype=np.float64) for k in ("sums", "counts"))
         of = {n: self._modalities.index(n) for n in self._modalities.outputs}
         samples = self._batch * count
-        work = samples * flops.trunk_flops(self._model, self._modalities, *self._slots)
-        work += flops.head_flops(self._model, self._modalities, {n: counts[i] for n, i in of.items()})
+        work = flops.step_flops(self._model, self._modalities, self._masking, samples, counts)
         row = {"train/loss": np.mean([v["loss"] for v in values])}
         row |= {f"train/loss/{n}": sums[i] / counts[i] for n, i in of.items() if counts[i]}
         row |= {f"train/targets_per_sample/{n}": counts[i] / samples for n, i in of.items()}

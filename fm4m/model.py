@@ -1,9 +1,9 @@
 """The encoder-decoder of 4M: configuration, parameters, forward pass.
 
 Parameters are one nested dict of float32 arrays with stable names, and the model is plain functions of it; layers are
-stacked along a leading axis. The functions that run the model take an optional ``at_use``: a function of a group's name
-and its parameters (of one layer, without the layer axis) that is called where the group is used, inside the scanned and
-rematerialised body. It is where sharded weights are gathered.
+stacked along a leading axis. The functions that run the model take an optional ``at_use``: a function of a stack's name
+and the parameters of one of its layers (without the layer axis) that is called where the layer is run, inside the
+scanned and rematerialised body. It is where split weights are gathered; all other parameters are given whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm4m.attention import Visibility, all_valid
 from fm4m.batch import PackedBatch, Tokens
+from fm4m.collectives import take_rows
 from fm4m.layers import (
     ALIGNED_CONTEXT,
     REMAT_POLICIES,
@@ -213,8 +215,7 @@ def encode(
       dense: vectors of the continuous inputs by name, [B, continuous_count, patch_dim].
       at_use: see the module's docstring.
     """
-    use = _use(params, at_use)
-    group = use("encoder_embedding")
+    group = params["encoder_embedding"]
     content, dtype = None, jnp.dtype(config.dtype)
     if modalities.input_rows:
         content = take_rows(group["tokens"], tokens.row).astype(dtype)
@@ -223,7 +224,7 @@ def encode(
         for name in modalities.continuous:
             projection = apply_module(Linear, _projection_args(config, modalities, name), group["projections"][name])
             projected.append(projection(dense[name].astype(dtype)))
-        vectors = jax.vmap(lambda table, row: table.at[row].get(mode="clip"))(jnp.concatenate(projected, 1), tokens.row)
+        vectors = jax.vmap(take_rows)(jnp.concatenate(projected, 1), tokens.row)
         continuous = _by_modality(modalities.is_continuous, tokens)
         content = vectors if content is None else jnp.where(continuous, vectors, content)
     embedding = _embedding(group, group["modality"], config, modalities, tokens)
@@ -234,8 +235,8 @@ def encode(
         x = jnp.pad(x, ((0, 0), (count, 0), (0, 0))) + jnp.pad(group["registers"], ((0, slots), (0, 0))).astype(dtype)
         embedding = jnp.pad(embedding, ((0, 0), (count, 0), (0, 0)))
         valid = jnp.pad(valid, ((0, 0), (count, 0)), constant_values=True)
-    x = _run_layers("encoder", EncoderLayer, params["encoder"], config, at_use, x, valid[:, None, :])
-    hidden = apply_module(LayerNorm, _norm_args(config), use("encoder_norm"))(x)
+    x = _run_layers("encoder", EncoderLayer, params["encoder"], config, at_use, x, all_valid(valid, valid.shape[1]))
+    hidden = apply_module(LayerNorm, _norm_args(config), params["encoder_norm"])(x)
     return Encoded(hidden, embedding, valid)
 
 
@@ -250,40 +251,40 @@ def decode(
     """Runs the decoder on the query tokens [B, M]; returns hidden states [B, M, D] after the decoder's norm.
 
     The context is the projected encoder output plus the position and modality embedding once more. Every slot sees
-    everything the encoder saw, and of the decoder what `decoder_mask` says.
+    everything the encoder saw, and of the decoder what `decoder_visibility` says.
     """
-    use = _use(params, at_use)
-    group, dtype = use("decoder_embedding"), jnp.dtype(config.dtype)
-    shared = config.share_modality_embeddings
-    modality_table = use("encoder_embedding")["modality"] if shared else group["modality"]
-    context = apply_module(Linear, _context_args(config), use("context_projection"))(encoded.hidden) + encoded.embedding
+    group, dtype = params["decoder_embedding"], jnp.dtype(config.dtype)
+    modality_table = (params["encoder_embedding"] if config.share_modality_embeddings else group)["modality"]
+    context = apply_module(Linear, _context_args(config), params["context_projection"])(encoded.hidden)
+    context += encoded.embedding
     sequence = _by_modality(modalities.is_sequence, tokens)
     content = take_rows(group["tokens"], tokens.row).astype(dtype)
     content = jnp.where(sequence, content, group["mask_token"].astype(dtype))
     embedding = _embedding(group, modality_table, config, modalities, tokens)
     x = _zero_invalid(content, tokens) + embedding
-    mask = decoder_mask(config, modalities, tokens)
-    context_mask = encoded.valid[:, None, :]
-    x = _run_layers("decoder", DecoderLayer, params["decoder"], config, at_use, x, context, mask, context_mask)
-    return apply_module(LayerNorm, _norm_args(config), use("decoder_norm"))(x)
+    own = decoder_visibility(config, modalities, tokens)
+    cross = all_valid(encoded.valid, x.shape[1])
+    x = _run_layers("decoder", DecoderLayer, params["decoder"], config, at_use, x, context, own, cross)
+    return apply_module(LayerNorm, _norm_args(config), params["decoder_norm"])(x)
 
 
-def decoder_mask(config: ModelConfig, modalities: ModalitySet, tokens: Tokens) -> jax.Array:
-    """bool [B, M, M]: which valid decoder slots (last axis) each slot sees.
+def decoder_visibility(config: ModelConfig, modalities: ModalitySet, tokens: Tokens) -> Visibility:
+    """Which valid decoder slots each slot sees.
 
     A sequence's token sees its modality's tokens that are not later, a grid's token all of its modality. Without
     ``decoder_sep_mask`` both also see the modalities that come before their own in the batch; with
     ``decoder_causal_mask`` nothing sees a later slot.
     """
-    slot = jnp.arange(tokens.row.shape[1])
-    same = tokens.modality[:, :, None] == tokens.modality[:, None, :]
-    mask = jnp.broadcast_to(slot[None, :] <= slot[:, None], same.shape)
+    slot = jnp.broadcast_to(jnp.arange(tokens.row.shape[1], dtype=jnp.int32), tokens.row.shape)
+    group = tokens.modality if config.decoder_sep_mask else jnp.zeros_like(tokens.modality)
+    limit = slot
     if not config.decoder_causal_mask:
-        # Tokens of a modality are contiguous, so "up to the last slot of its own" is "not later, or its own".
-        mask |= same & ~_by_modality(modalities.is_sequence, tokens)
-    if config.decoder_sep_mask:
-        mask &= same
-    return mask & tokens.valid[:, None, :]
+        # Tokens of a modality are contiguous, so "not later, or of its own modality" is "up to its modality's last".
+        own = (tokens.modality[..., None] == jnp.arange(len(modalities))) & tokens.valid[..., None]
+        last = jnp.where(own, slot[..., None], -1).max(1)
+        last = jnp.take_along_axis(last, tokens.modality, axis=1)
+        limit = jnp.where(_by_modality(modalities.is_sequence, tokens)[..., 0], slot, last)
+    return Visibility(group, limit, jnp.where(tokens.valid, group, -1), slot)
 
 
 def forward(
@@ -294,22 +295,9 @@ def forward(
     return decode(params, config, modalities, encoded, batch.decoder, at_use)
 
 
-def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """``table[index]`` for a table [rows, D]; under an explicit mesh the result is sharded as the index is."""
-    table, index = jnp.asarray(table), jnp.asarray(index)
-    sharding = jax.typeof(index).sharding
-    explicit = not sharding.mesh.empty and bool(sharding.mesh.explicit_axes)
-    out = jax.sharding.PartitionSpec(*sharding.spec, None) if explicit else None
-    return table.at[index].get(mode="clip", out_sharding=out)
-
-
-def _use(params: Params, at_use: AtUse | None) -> Callable[[str], Params]:
-    return lambda name: params[name] if at_use is None else at_use(name, params[name])
-
-
 def _by_modality(flags: np.ndarray, tokens: Tokens) -> jax.Array:
     """bool [B, N, 1]: the flag of each token's modality."""
-    return take_rows(flags[:, None], tokens.modality)
+    return jnp.asarray(flags)[tokens.modality][..., None]
 
 
 def _zero_invalid(x: jax.Array, tokens: Tokens) -> jax.Array:
@@ -325,7 +313,7 @@ def _embedding(
     if not len(fixed):
         position = take_rows(learned, tokens.position)
     else:
-        position = take_rows(fixed, tokens.position)
+        position = jnp.asarray(fixed).at[tokens.position].get(mode="clip")
         if learned is not None:
             is_learned = (tokens.position >= len(fixed))[..., None]
             position = jnp.where(is_learned, take_rows(learned, tokens.position - len(fixed)), position)
@@ -340,18 +328,27 @@ def _run_layers(
     config: ModelConfig,
     at_use: AtUse | None,
     x: jax.Array,
-    *rest: jax.Array,
+    *rest: jax.Array | Visibility,
 ) -> jax.Array:
-    def layer(x: jax.Array, params: Params, rest: tuple[jax.Array, ...]) -> jax.Array:
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    group = config.scan_group or depth
+
+    def layer(x: jax.Array, params: Params, rest: tuple) -> jax.Array:
         if at_use is not None:
             params = at_use(name, params)
         return apply_module(kind, (config,), params)(x, *rest)
 
     if config.remat != "none":
         # Inside a scan the loop itself keeps the recomputation apart; only unrolled layers need the costlier barrier.
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
-    if config.scan_layers:
-        return jax.lax.scan(lambda x, params: (layer(x, params, rest), None), x, stack)[0]
-    for i in range(jax.tree.leaves(stack)[0].shape[0]):
-        x = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], stack), rest)
-    return x
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=group == depth)
+
+    def some_layers(x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        for i in range(group):
+            x = layer(x, jax.tree.map(lambda leaf: leaf[i], params), rest)  # noqa: B023 (used at once)
+        return x, None
+
+    if group == depth:
+        return some_layers(x, stack)[0]
+    # Reshaped by hand: `scan(unroll=group)` would stack what the layers of a group keep, which is one more copy.
+    groups = jax.tree.map(lambda leaf: leaf.reshape(depth // group, group, *leaf.shape[1:]), stack)
+    return jax.lax.scan(some_layers, x, groups)[0]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from fm4m.attention import IMPLEMENTATIONS
 from fm4m.layers import ACTIVATIONS, REMAT_POLICIES
 from fm4m.modalities import round_up, unknown_name
 from fm4m.positions import COORDINATES
+
+EXECUTION = ("scan_group", "remat", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,10 @@ class ModelConfig:
       mlp_multiple: the hidden width of the MLP is stored rounded up to a multiple of this. The columns beyond
         ``mlp_dim`` start at zero and stay zero: the activation of 0 is 0, so that neither output nor gradient reaches
         them. 128 is the width of a TPU's lanes, and 1,365, 2,730 and 5,461 are no multiples of it.
-      scan_layers: run the stack as one scanned layer (short compile) instead of unrolled (faster on TPU: 131 instead of
-        167 ms for a step of B on v4, by the compiler's schedule).
+      scan_group: how a stack of layers is run: 1 scans one compiled layer (short compilation), g > 1 scans groups of g
+        layers, 0 unrolls all of them (fastest on TPU, and minutes of compilation: `fm4m.aot` tells).
       remat: what the backward pass keeps, one of `fm4m.layers.REMAT_POLICIES`.
+      attention: the implementation, one of `fm4m.attention.IMPLEMENTATIONS`.
       dtype: ``"bfloat16"`` or ``"float32"`` for activations and matrix multiplications; parameters are float32.
     """
 
@@ -65,8 +69,9 @@ class ModelConfig:
     decoder_sep_mask: bool = True
     decoder_causal_mask: bool = False
     mlp_multiple: int = 1
-    scan_layers: bool = True
+    scan_group: int = 1
     remat: str = "none"
+    attention: str = "einsum"
     dtype: str = "bfloat16"
 
     def __post_init__(self):
@@ -84,8 +89,19 @@ class ModelConfig:
             raise ValueError(unknown_name(self.grid_positions, COORDINATES, "kind of grid positions"))
         if self.remat not in REMAT_POLICIES:
             raise ValueError(unknown_name(self.remat, REMAT_POLICIES, "remat policy"))
+        if self.attention not in IMPLEMENTATIONS:
+            raise ValueError(unknown_name(self.attention, IMPLEMENTATIONS, "implementation of attention"))
+        if any(self.scan_group and depth % self.scan_group for depth in (self.encoder_depth, self.decoder_depth)):
+            raise ValueError(
+                f"scan_group {self.scan_group} does not divide {self.encoder_depth} and {self.decoder_depth} layers"
+            )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+
+    @property
+    def identity(self) -> dict:
+        """The fields that say what the model computes; the others (`EXECUTION`) say how, and may change at any time."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in EXECUTION}
 
     @property
     def head_dim(self) -> int:

@@ -26,6 +26,7 @@ from fm4m import checkpoint, evaluate, flops, loading, metrics, optim, sharding,
 from fm4m import config as config_lib
 from fm4m import model as model_lib
 from fm4m import step as step_lib
+from fm4m.attention import best_implementation
 from fm4m.masking import Masking
 from fm4m.modalities import ModalitySet
 from fm4m.stream import Stream
@@ -80,8 +81,8 @@ def train(
     chapter("Configuration")
     config_lib.validate(config)
     modalities, tasks = train_stream.modalities, train_stream.tasks
-    masking = budgets(config, train_stream.masking)
-    model = make_model_config(config)
+    masking = config_lib.budgets(config, train_stream.masking)
+    model = make_model_config(config, jax.devices()[0].platform, masking.most_tokens)
     steps, warmup, cooldown = lengths(config, masking)
     log.info("%d steps of %d samples, %d of warm-up; folder %s", steps, config.train.global_batch, warmup, workdir)
 
@@ -105,9 +106,9 @@ def train(
     chapter("Model")
     optimizer = optim.from_config(config, steps, warmup, cooldown)
     initial = lambda: step_lib.init_state(config, model, modalities, optimizer)  # noqa: E731
-    abstract = jax.eval_shape(initial)
-    shardings = sharding.state_shardings(abstract, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    abstract = step_lib.abstract_state(config, model, modalities, optimizer, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    sharding.check_parameters_are_split(abstract["params"], mesh)
     counts = model_lib.param_counts(model, modalities)
     log.info("parameters: %s", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
@@ -226,7 +227,7 @@ def train(
 
     def draw(step: int) -> None:
         if sample_pictures is not None:
-            pictures[:] = writer.pictures(step, sample_pictures(weights(state), step))
+            pictures[:] = writer.pictures(step, sample_pictures(sharding.on_one_device(weights(state)), step))
 
     try:
         for step in range(first + 1, stop + 1):
@@ -285,12 +286,22 @@ def chapter(title: str) -> None:
     log.info("==== %s", title)
 
 
-def make_model_config(config: Any) -> model_lib.ModelConfig:
-    """The model of a configuration. Raises ConfigError for an unknown name or sizes that do not fit."""
+def make_model_config(config: Any, platform: str = "cpu", num_tokens: int = 0) -> model_lib.ModelConfig:
+    """The model of a configuration, with the attention that is fastest on a platform unless it names one.
+
+    ``num_tokens`` is the larger of the numbers of visible and predicted tokens; 0 for a model that is only described.
+    Raises ConfigError for an unknown name or sizes that do not fit.
+    """
     try:
-        return model_lib.model_config(config.model.name, **config_lib.model_overrides(config))
+        model = model_lib.model_config(config.model.name, **config_lib.model_overrides(config))
     except (KeyError, TypeError, ValueError) as error:
         raise config_lib.ConfigError(f"model: {error.args[0]}") from None
+    if config.model.attention is None:
+        heads = model.num_heads // max(config.mesh.tensor, 1)
+        tokens = num_tokens + model.num_register_tokens
+        best = best_implementation(platform, model.head_dim, heads, model.dtype, tokens)
+        model = dataclasses.replace(model, attention=best)
+    return model
 
 
 def start_from(
@@ -331,12 +342,6 @@ def parameter_table(params: Any) -> str:
         rows.append((optim.path_name(path), str(x.shape), str(x.sharding.spec), "decayed" if decay else "not decayed"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() + "\n" for row in rows)
-
-
-def budgets(config: Any, masking: Masking) -> Masking:
-    """The mixture's masking recipe, with the numbers of tokens that the configuration replaces."""
-    given = {k: config.data[k] for k in ("num_inputs", "num_targets") if config.data[k]}
-    return dataclasses.replace(masking, **given)
 
 
 def _multiple(step: int, every: int) -> bool:

@@ -1,51 +1,82 @@
-"""Model and loss on eight devices against one; test_loss.py runs this in a process of its own."""
+"""The training step on meshes of one to eight devices; test_step.py runs this in a process of its own."""
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from small_model import MODALITIES, random_batch
+from jax.sharding import PartitionSpec
+from tiny_run import TinyStream, tiny_config
 
-from fm4m.loss import cross_entropy_sums, modality_weights
-from fm4m.model import ModelConfig, forward, head_table, init_params
+from fm4m import optim, sharding, step, train
 
-AXES, BATCH_AXES = ("data", "fsdp", "tensor"), ("data", "fsdp")
+STEPS = 3
+PLAIN = {"model__mlp_ratio": 3.0}
+# Everything that has parameters of its own, so that each is split, gathered and summed as it must be.
+ALL = PLAIN | {
+    "model__qk_norm": True, "model__qkv_bias": True, "model__proj_bias": True, "model__mlp_bias": True,
+    "model__norm_bias": True, "model__num_register_tokens": 2, "model__tied_heads": False,
+    "model__share_modality_embeddings": False, "model__encoder_depth": 2, "model__decoder_depth": 2,
+}  # fmt: skip
+CASES = {
+    "2 x 2": ((2, 2, 1), PLAIN),
+    "8 parts, 2 passes": ((1, 8, 1), PLAIN | {"train__accumulation": 2}),
+    "2 x 2 x 2, groups of layers": ((2, 2, 2), ALL | {"model__scan_group": 2, "model__remat": "projections"}),
+    "2 x 4, weights again in the backward pass": ((2, 4, 1), ALL | {"model__remat": "full"}),
+}
+HOW = ("train__accumulation", "model__remat", "model__scan_group")
+
+
+def run(shape, changes):
+    """(losses and gradient norms of `STEPS` steps, parameters after them, the state's layouts)."""
+    # A large epsilon: the gradient of a key's bias is rounding alone, which Adam would make a step of.
+    config, stream = tiny_config(optimizer__warmup="0 steps", optimizer__eps=1e-3, **changes), TinyStream()
+    devices = jax.devices()[: int(np.prod(shape))]
+    mesh = sharding.make_mesh(*shape, devices=devices)
+    model, optimizer = train.make_model_config(config), optim.from_config(config, 10, 0, 0)
+    abstract = step.abstract_state(config, model, stream.modalities, optimizer, mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    state = jax.jit(lambda: step.init_state(config, model, stream.modalities, optimizer), out_shardings=where)()
+    for x, sharded in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+        assert x.sharding == sharded and x.addressable_shards[0].data.shape == sharded.shard_shape(x.shape)
+    one_step = step.make_step(config, model, stream.modalities, stream.masking, stream.tasks, optimizer, mesh)
+    batches, values = sharding.device_batches(stream, mesh, position=0, global_batch=16), []
+    for _ in range(STEPS):
+        state, metrics = one_step(state, *next(batches))
+        values.append([metrics[name] for name in ("loss", "grad_norm", "inputs", "targets")])
+    return np.array(jax.device_get(values)), jax.device_get(state["params"])
+
+
+def check_meshes():
+    eight = jax.devices()
+    assert len(eight) == 8
+    shape = lambda *axes: dict(sharding.make_mesh(*axes).shape)  # noqa: E731
+    assert shape() == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert shape(2) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert shape(-1, -1, 2) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert shape(-1, 2, 2) == {"data": 2, "fsdp": 2, "tensor": 2}
+    sharding.LARGEST_FSDP = 2
+    assert shape() == {"data": 4, "fsdp": 2, "tensor": 1}
+    sharding.LARGEST_FSDP = 16
+    mesh = sharding.make_mesh(2, 4)
+    # Rows of the batch follow the devices' order; parameters repeat along data.
+    batch = sharding.to_devices(mesh, np.arange(16), 16)
+    assert [int(s.data[0]) for s in batch.addressable_shards] == list(range(0, 16, 2))
+    whole = sharding.on_one_device({"x": sharding.reshard(np.arange(8.0), mesh, PartitionSpec("fsdp"))})
+    np.testing.assert_array_equal(whole["x"], np.arange(8.0))
 
 
 def main():
-    config = ModelConfig(32, 2, 2, num_heads=2, num_register_tokens=2, remat="dots", dtype="float32")
-    params, batch = init_params(config, MODALITIES, jax.random.key(0)), random_batch(0, 8, 24, 20)
-
-    def loss(params, batch, at_use=None, **kwargs):
-        hidden = forward(params, config, MODALITIES, batch, at_use)
-        sums, counts = cross_entropy_sums(hidden, head_table(params, config), batch, MODALITIES, **kwargs)
-        return (modality_weights(counts, MODALITIES) * sums).sum(), counts
-
-    expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(kind,) * 3)
-
-        def gather(name, group):
-            return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, PartitionSpec()), group)
-
-        def rows_over_fsdp(path, leaf, mesh=mesh):
-            matrix = path[-1].key in ("kernel", "tokens") and leaf.shape[-2] % 2 == 0
-            spec = PartitionSpec(*(None,) * (leaf.ndim - 2), "fsdp", None) if matrix else PartitionSpec()
-            return jax.device_put(leaf, NamedSharding(mesh, spec))
-
-        with jax.set_mesh(mesh):
-            sharded = jax.tree.map_with_path(rows_over_fsdp, params)
-            spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
-            options = {"mesh": mesh, "batch_axes": BATCH_AXES, "at_use": gather if kind == AxisType.Explicit else None}
-            step = jax.jit(jax.value_and_grad(functools.partial(loss, **options), has_aux=True))
-            (value, counts), gradient = step(sharded, spread)
-        np.testing.assert_allclose(value, expected[0][0], rtol=1e-5)
-        np.testing.assert_array_equal(counts, expected[0][1])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), gradient, expected[1])
-        print(kind.name)
+    check_meshes()
+    alone = {}
+    for name, (shape, changes) in CASES.items():
+        key = tuple((k, v) for k, v in changes.items() if k not in HOW)
+        if key not in alone:
+            alone[key] = run((1, 1, 1), dict(key))
+        values, params = run(shape, changes)
+        np.testing.assert_allclose(values, alone[key][0], rtol=5e-6, err_msg=name)
+        for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(alone[key][1]), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=5e-6, err_msg=name)
+        print(name, flush=True)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_overrides(good):
         ("train.total=5", "train.total = '5' is not a length"),
         ("optimizer.schedule=linear", "must be one of cosine, constant, rsqrt"),
         ("optimizer.b2=1.0", "optimizer.b2 = 1.0: must be in [0, 1)"),
-        ("mesh.data=-1", "only one axis of the mesh can be -1"),
+        ("mesh.tensor=-1", "only where the other two axes are given"),
     ],
 )
 def test_bad_flags_are_one_sentence_and_exit_code_2(good, capsys, flag, expected):
@@ -134,7 +134,7 @@ def test_reference_recipes_build(name):
 
     masking = Masking(256, 256, {"*": (MaskingComponent(0.5, 0.5),)})
     c = config_lib.load(str(CONFIGS[0].with_name(f"{name}.py")))
-    steps, warmup, cooldown = train.lengths(c, train.budgets(c, masking))
+    steps, warmup, cooldown = train.lengths(c, config_lib.budgets(c, masking))
     assert (steps, warmup, cooldown) == (239_120, 4_769, 0)
     optimizer = optim.from_config(c, steps, warmup, cooldown)
     peak = 6.4e-4 if name == "4m_xl" else 3.2e-3

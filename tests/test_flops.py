@@ -41,7 +41,7 @@ def test_count_agrees_with_the_compiler_on_one_forward_pass():
     from fm4m import model
     from fm4m.batch import PackedBatch, Tokens
 
-    config = ModelConfig(128, 2, 2, 4, scan_layers=False, dtype="float32")
+    config = ModelConfig(128, 2, 2, 4, scan_group=0, dtype="float32")
     params = jax.eval_shape(lambda k: model.init_params(config, GRID, k), jax.random.key(0))
 
     def side(n):

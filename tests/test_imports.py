@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import fm4m
 
 CORE = pathlib.Path(fm4m.__file__).parent
@@ -39,3 +41,23 @@ def test_flax_stays_in_model_files():
 def _imports_flax(path: pathlib.Path) -> bool:
     lines = (line.strip() for line in path.read_text().splitlines())
     return any(line.startswith(("import flax", "from flax")) for line in lines)
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_with_nothing_but_the_core():
+    """benchmarks.step on a machine that has jax, flax, optax, orbax and ml_collections only."""
+    absent = ("safetensors", "tokenizers", "PIL", "tensorboardX", "tqdm", "scipy", *FORBIDDEN)
+    code = (
+        "import sys\n"
+        f"for name in {absent!r}: sys.modules[name] = None\n"
+        "from benchmarks import step\n"
+        "sys.exit(step.main(sys.argv[1:]))"
+    )
+    size = {"dim": 64, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 1, "dtype": "float32"}
+    flags = [f"--config.model.{k}={v}" for k, v in size.items()]
+    flags += ["--config.train.global_batch=2", "--config.data.num_inputs=16", "--config.data.num_targets=16"]
+    config = CORE.parent / "configs" / "4m_ti.py"
+    command = [sys.executable, "-c", code, f"--config={config}", *flags, "--steps=1", "--rounds=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CORE.parent)
+    assert done.returncode == 0, done.stderr
+    assert "the plain form takes" in done.stdout

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fm4m.layers import Attention, LayerNorm, Linear, Mlp, apply_module, attention, init_module
+from fm4m.attention import all_valid
+from fm4m.layers import Attention, LayerNorm, Linear, Mlp, apply_module, init_module
 from fm4m.positions import fourier, grid_positions, sincos, sincos_1d
 from fm4m.sizes import ModelConfig, model_config
 
@@ -40,40 +41,14 @@ def test_linear_is_xavier_uniform_with_zero_bias():
     assert not params["bias"].any()
 
 
-def reference_attention(q, k, v, mask, num_heads):
-    out = np.zeros_like(q)
-    d = q.shape[-1] // num_heads
-    for b in range(q.shape[0]):
-        for h in range(num_heads):
-            part = slice(h * d, (h + 1) * d)
-            logits = q[b, :, part] @ k[b, :, part].T / np.sqrt(d)
-            logits = np.where(np.broadcast_to(mask[b], logits.shape), logits, np.finfo(np.float32).min)
-            weights = np.exp(logits - logits.max(-1, keepdims=True))
-            out[b, :, part] = weights / weights.sum(-1, keepdims=True) @ v[b, :, part]
-    return out
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-def test_attention_equals_a_loop_over_heads(rows):
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(3, n, 24)).astype(np.float32) for n in (5, 7, 7))
-    mask = rng.random((3, rows, 7)) < 0.6
-    mask[:, :, 0] = True
-    mask[1, 0] = False  # sees nothing: the mean of all values
-    out = attention(*map(jnp.asarray, (q, k, v, mask)), 3)
-    np.testing.assert_allclose(out, reference_attention(q, k, v, mask, 3), atol=1e-5)
-    np.testing.assert_allclose(out[1, 0], v[1].mean(0), atol=1e-5)
-    assert attention(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)), jnp.asarray(mask), 3).dtype == jnp.bfloat16
-
-
 def test_attention_to_an_empty_context_is_zero_and_has_finite_gradients():
     config = ModelConfig(16, 1, 1, 2)
     params = init_module(Attention, (config,), KEY)
     x, context = jax.random.normal(KEY, (2, 3, 16)), jax.random.normal(KEY, (2, 5, 16))
-    mask = jnp.array([[[True] * 5], [[False] * 5]])
+    visibility = all_valid(jnp.array([[True] * 5, [False] * 5]), 3)
 
     def run(params, context):
-        return apply_module(Attention, (config,), params)(x, context, mask)
+        return apply_module(Attention, (config,), params)(x, context, visibility)
 
     out = run(params, context)
     assert out[0].any() and not out[1].any()
@@ -87,10 +62,10 @@ def test_query_and_key_norms_make_attention_blind_to_their_scale():
     params = init_module(Attention, (config,), KEY)
     assert params["query_norm"]["scale"].shape == (8,)
     x = jax.random.normal(KEY, (2, 3, 16))
-    mask = jnp.ones((2, 1, 3), bool)
+    every = all_valid(jnp.ones((2, 3), bool), 3)
     scaled = {**params, "query": {"kernel": params["query"]["kernel"] * 7}}
-    run = apply_module(Attention, (config,), params)(x, x, mask)
-    np.testing.assert_allclose(apply_module(Attention, (config,), scaled)(x, x, mask), run, atol=1e-4)
+    run = apply_module(Attention, (config,), params)(x, x, every)
+    np.testing.assert_allclose(apply_module(Attention, (config,), scaled)(x, x, every), run, atol=1e-4)
 
 
 def test_mlps():

@@ -187,8 +187,8 @@ def test_scanned_and_unrolled_layers_and_remat_policies_agree(batch):
 
     value, gradient = value_and_grad(SMALL)
     for changes in (
-        {"scan_layers": False},
-        {"scan_layers": False, "remat": "dots"},
+        {"scan_group": 0},
+        {"scan_group": 0, "remat": "dots"},
         *({"remat": remat} for remat in ("dots", "projections", "residual", "full")),
     ):
         other_value, other = value_and_grad(dataclasses.replace(SMALL, **changes))
@@ -201,7 +201,7 @@ def test_remat_policies_keep_what_they_say(batch):
     params = init_params(SMALL, MODALITIES, jax.random.key(1))
     kept = []
     for remat in ("full", "residual", "projections", "none"):
-        config = dataclasses.replace(SMALL, remat=remat, scan_layers=False)
+        config = dataclasses.replace(SMALL, remat=remat, scan_group=0)
         backward = jax.eval_shape(lambda p, c=config: jax.vjp(lambda p: forward(p, c, MODALITIES, batch), p)[1], params)
         kept.append(sum(leaf.size for leaf in jax.tree.leaves(backward)))
     assert kept == sorted(set(kept)), kept

@@ -16,10 +16,11 @@ from fixtures import FIXTURES, needs_fixtures
 from reference_batches import mod7, pack
 
 from fm4m import optim
+from fm4m.attention import dense
 from fm4m.interop.layout import Layout
 from fm4m.interop.ml4m import Source
 from fm4m.loss import cross_entropy_sums, modality_weights
-from fm4m.model import decode, decoder_mask, encode, forward, head_table, model_config
+from fm4m.model import decode, decoder_visibility, encode, forward, head_table, model_config
 
 PARITY = (FIXTURES or pathlib.Path("absent")) / "parity"
 
@@ -146,7 +147,7 @@ def test_hidden_states_and_logits(case, variant):
     prefix = f"variant/{variant}/" if variant else "out/"
     registers = encoded.valid.shape[1] - batch.encoder.valid.shape[1]
     seen, asked = np.asarray(encoded.valid), batch.decoder.valid
-    hides = ~np.asarray(decoder_mask(config, modalities, batch.decoder))
+    hides = ~np.asarray(dense(decoder_visibility(config, modalities, batch.decoder)))
     # The reference counts a truncated grid's hidden slots too; they are padding here.
     pairs = asked[:, :, None] & asked[:, None, :]
     compared = 0

@@ -20,10 +20,11 @@ from reference_batches import pack
 from safetensors.numpy import load_file, save_file
 
 import fm4m
+from fm4m.attention import dense
 from fm4m.loss import cross_entropy_sums, modality_weights
 from fm4m.modalities import Modality, ModalitySet
 from fm4m.modality_sets import released
-from fm4m.model import decode, decoder_mask, encode, head_table
+from fm4m.model import decode, decoder_visibility, encode, head_table
 
 BATCH = 3
 
@@ -171,7 +172,7 @@ CASES = {
         SMALL,
         {"mlp_bias": True, "gated_mlp": False, "act_layer": "GELU", "mlp_ratio": 2.7, "decoder_depth": 2},
         SMALL_ORDER,
-        own={"mlp_multiple": 8, "scan_layers": False},
+        own={"mlp_multiple": 8, "scan_group": 0},
     ),
     "two_resolutions": Case(GRIDS, {"encoder_depth": 2, "decoder_depth": 2}, sorted(GRIDS.names), tokens=(40, 50)),
 }
@@ -327,7 +328,7 @@ def test_hidden_states_logits_and_losses(name, tmp_path):
         hidden = decode(params, config, modalities, encoded, batch.decoder)
         sums, counts = cross_entropy_sums(hidden, head_table(params, config), batch, modalities)
         loss = (modality_weights(counts, modalities) * sums).sum()
-        return encoded, hidden, decoder_mask(config, modalities, batch.decoder), sums, counts, loss
+        return encoded, hidden, dense(decoder_visibility(config, modalities, batch.decoder)), sums, counts, loss
 
     encoded, hidden, sees, sums, counts, loss = jax.tree.map(np.asarray, run(params, batch))
     seen, asked = encoded.valid, batch.decoder.valid

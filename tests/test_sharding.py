@@ -28,13 +28,14 @@ def test_every_parameter_has_a_role_and_matrices_are_split():
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
         spec = sharding.param_spec(name, x.shape, mesh)
-        assert ("fsdp" in spec) == name.endswith(("/kernel", "/tokens")), name
+        split = jax.tree.leaves(tuple(spec))
+        assert ("fsdp" in split) == name.endswith(("/kernel", "/tokens")), name
 
 
 def test_unmatched_parameter_and_indivisible_dimension_are_named():
     with pytest.raises(ConfigError, match=r"parameter encoder/new_thing \(4, 4\) has no role"):
         sharding.param_spec("encoder/new_thing", (4, 4), abstract())
-    with pytest.raises(ConfigError, match=r"decoder/mlp/up/kernel.*1365 is not divisible by mesh.tensor = 2"):
+    with pytest.raises(ConfigError, match=r"decoder/mlp/up/kernel.*1365 is not divisible by mesh.tensor 2 = 2"):
         sharding.param_spec("decoder/mlp/up/kernel", (8, 512, 1365), abstract(tensor=2))
 
 
@@ -42,7 +43,7 @@ def test_optimizer_state_and_average_follow_the_parameters():
     params = {"head": {"tokens": jnp.zeros((128, 8))}, "decoder_norm": {"scale": jnp.zeros(8)}}
     state = {"step": jnp.int32(0), "params": params, "opt_state": {"mu": params, "nu": params}, "ema": params}
     got = sharding.state_shardings(state, sharding.make_mesh(devices=jax.devices()[:1]))
-    assert got["params"]["head"]["tokens"].spec == PartitionSpec("tensor", "fsdp")
+    assert got["params"]["head"]["tokens"].spec == PartitionSpec("fsdp", "tensor")
     assert got["opt_state"]["mu"] == got["opt_state"]["nu"] == got["ema"] == got["params"]
     assert got["step"].spec == PartitionSpec()
 

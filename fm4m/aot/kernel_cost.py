@@ -1,0 +1,229 @@
+"""The time of the attention kernels on a chip, from the instructions that the TPU compiler makes of them.
+
+XLA knows nothing about the cost of a custom kernel. libtpu can write down the VLIW bundles of one, and a TPU runs one
+bundle a cycle when nothing keeps it waiting, so bundles times cycle time is the time of a kernel, up to what it waits.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from fm4m.aot import topology as topology_lib
+from fm4m.aot.chips import CHIPS
+from fm4m.config import ConfigError
+from fm4m.files import complete_file
+from fm4m.modalities import unknown_name
+
+# What kernels take beyond their bundles, waiting for copies at the ends of their rows of steps.
+WAITING = 1.05
+LANES = 128
+COMPILE_SECONDS = 300
+
+_DIRECTIONS = ("forward", "backward")
+_BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(LB|LH|LE|PB|PF|CT)?:? *:? *(>*) *[{\[]?(.*)")
+# A jump ahead; the loop's own jump back is taken on "!%p".
+_SKIP = re.compile(r"\bsbr\.rel \(%p")
+
+
+class KernelCostError(RuntimeError):
+    """The compiler's instructions cannot be had here; an estimate from FLOPs must do."""
+
+
+def attention_seconds(
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    dtype: str = "bfloat16",
+    *,
+    chip: str = "v4",
+    samples: int = 16,
+    lane_blocks: int = 8,
+    cache: str | os.PathLike | None = None,
+) -> dict[str, float]:
+    """Seconds that a chip spends on one sample and one block of 128 lanes (128 / head_dim heads) of attention.
+
+    Compiles the kernels of `fm4m.attention_tpu` for one chip in a process of its own (5 to 20 s the first time).
+
+    Args:
+      num_queries, num_keys: tokens of the two sides.
+      head_dim: width of a head.
+      dtype: "bfloat16" or "float32".
+      chip: "v4", "v5e", "v5p" or "v6e". The cores of a chip share the samples, and the seconds are the chip's.
+      samples: samples a chip has, which decides how many one grid step takes.
+      lane_blocks: blocks of 128 lanes in the model's width, over which the rule of visibility is spread.
+      cache: folder that keeps the counts for other processes; created if needed.
+
+    Returns:
+      {"forward": seconds, "backward": seconds}; times the samples of a chip and the lane blocks, the time of a call.
+
+    Raises KernelCostError if libtpu is missing or does not say, KeyError for an unknown chip, ValueError for what the
+    kernels cannot compute.
+    """
+    if chip not in CHIPS:
+        raise KeyError(unknown_name(chip, CHIPS, "chip"))
+    from fm4m import attention_tpu
+
+    reason = attention_tpu.unsupported(num_queries, num_keys, head_dim, LANES // max(1, head_dim), dtype)
+    if reason:
+        raise ValueError(reason)
+    step = attention_tpu.step_samples(samples, num_queries, num_keys)
+    counts = _counts(num_queries, num_keys, head_dim, dtype, chip, step, None if cache is None else str(cache))
+    kind = CHIPS[chip]
+    seconds = WAITING / (kind.clock * kind.cores * step)
+    return {k: seconds * (counts[k]["step"] + counts[k]["first"] / lane_blocks) for k in _DIRECTIONS}
+
+
+def attention_bundles(
+    num_queries: int, num_keys: int, head_dim: int, dtype: str = "bfloat16", *, chip: str = "v4", samples: int = 16
+) -> dict[str, dict[str, float]]:
+    """VLIW bundles of a sample and a lane block, as {"forward": {"step", "first"}, "backward": ...}.
+
+    "step" is what every lane block takes, "first" what a sample's first one takes besides. Raises as
+    `attention_seconds` does.
+    """
+    from fm4m import attention_tpu
+
+    step = attention_tpu.step_samples(samples, num_queries, num_keys)
+    counts = _counts(num_queries, num_keys, head_dim, dtype, chip, step, None)
+    return {k: {part: n / step for part, n in counts[k].items()} for k in _DIRECTIONS}
+
+
+def parse_bundles(text: str) -> dict[str, int]:
+    """Bundles of one grid step in a dump of a kernel's final bundles.
+
+    Returns {"step": those that every step runs, "first": those that it jumps over except at a sample's first lane
+    block}. Raises KernelCostError if the text is none of a kernel with a loop over its grid.
+    """
+    step = first = 0
+    # Regions that a jump leaps over: the body of a step, which only the pipeline's ends leave out, and within it what
+    # only some steps run. A region ends at its label "PF".
+    inside = 0
+    for line in text.splitlines():
+        match = _BUNDLE.match(line)
+        if match is None or not match[2]:
+            continue
+        if len(match[2]) > 1:
+            raise KernelCostError("the kernel has a loop within its grid, whose trip count the bundles do not say")
+        if match[1] == "PF":
+            inside -= 1
+        if inside > 1:
+            first += 1
+        else:
+            step += 1
+        if _SKIP.search(match[3]):
+            inside += 1
+    if not step or inside:
+        raise KernelCostError("this is not the text of a TPU kernel's final bundles as this version of fm4m reads it")
+    return {"step": step, "first": first}
+
+
+@functools.lru_cache(maxsize=1024)
+def _counts(
+    num_queries: int, num_keys: int, head_dim: int, dtype: str, chip: str, step: int, cache: str | None
+) -> dict[str, dict[str, int]]:
+    request = {
+        "num_queries": num_queries,
+        "num_keys": num_keys,
+        "head_dim": head_dim,
+        "dtype": str(dtype),
+        "chip": chip,
+        "step": step,
+    }
+    path = None if cache is None else pathlib.Path(cache) / f"attention-{_digest(request)}.json"
+    if path is not None and path.is_file():
+        return json.loads(path.read_text())["bundles"]
+    with tempfile.TemporaryDirectory() as folder:
+        counts = _compile(request, pathlib.Path(folder))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(path) as partial:
+            partial.write_text(json.dumps({**request, "bundles": counts}))
+    return counts
+
+
+def _digest(request: dict[str, Any]) -> str:
+    """Of the request and of what the counts depend on besides: the kernels and the compiler."""
+    import importlib.metadata
+
+    from fm4m import attention_tpu
+
+    versions = {}
+    for package in ("jax", "libtpu"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ""
+    kernels = hashlib.sha256(pathlib.Path(attention_tpu.__file__).read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps([request, versions, kernels], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _compile(request: dict[str, Any], folder: pathlib.Path) -> dict[str, dict[str, int]]:
+    """Compiles in a process of its own: libtpu reads its flags once, when it is loaded."""
+    try:
+        topology_lib.require_libtpu()
+    except ConfigError as error:
+        raise KernelCostError(str(error)) from error
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+    environment = {**os.environ, **topology_lib.LIBTPU_ENVIRONMENT, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags}
+    environment.pop("XLA_FLAGS", None)
+    command = [sys.executable, "-m", "fm4m.aot.kernel_cost", json.dumps(request)]
+    what = "{dtype} attention of {num_queries} x {num_keys} tokens for {chip}".format(**request)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise KernelCostError(f"compiling {what} took over {COMPILE_SECONDS} s") from error
+    if done.returncode:
+        raise KernelCostError(f"compiling {what} failed: {done.stderr.strip()[-2000:]}")
+    counts = {}
+    for direction in _DIRECTIONS:
+        dumps = [
+            p
+            for p in sorted(folder.iterdir())
+            if f"attention_{direction}" in p.name and re.search(r"\d-final_bundles\.txt$", p.name)
+        ]
+        if not dumps:
+            raise KernelCostError(f"libtpu wrote no bundles of the {direction} kernel when compiling {what}")
+        counts[direction] = parse_bundles(dumps[0].read_text())
+    return counts
+
+
+def _compile_here(request: dict[str, Any]) -> None:
+    """Compiles the forward and backward kernel of two lane blocks and four steps."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from fm4m import attention_tpu
+
+    kind = request["chip"]
+    topology = topology_lib.parse(f"{kind}-{1 if kind in ('v5e', 'v6e') else 2}")
+    sharding = NamedSharding(Mesh(np.array(topology_lib.devices(topology)), ("chip",)), PartitionSpec())
+    batch, width, sizes = 4 * request["step"], 2 * LANES, (request["num_queries"], request["num_keys"])
+
+    def array(tokens: int, *rest: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, tokens, *rest), dtype, sharding=sharding)
+
+    def run(query, key, value, gradient, query_rule, key_rule):
+        def attend(*x):
+            return attention_tpu.attention(*x, query_rule, key_rule, width // request["head_dim"])
+
+        out, backward = jax.vjp(attend, query, key, value)
+        return out, backward(gradient)
+
+    queries, keys = (array(n, width, dtype=request["dtype"]) for n in sizes)
+    rules = [(array(n), array(n)) for n in sizes]
+    jax.jit(run).lower(queries, keys, keys, queries, *rules).compile()
+
+
+if __name__ == "__main__":
+    _compile_here(json.loads(sys.argv[1]))
