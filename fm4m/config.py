@@ -132,8 +132,8 @@ def default() -> ml_collections.ConfigDict:
     # How cross-entropy is computed: "blocked" (each target through its own head) or "dense" (through all of them).
     c.train.loss_method = "blocked"
     # Corrections of how many targets of a modality a sample is expected to have, as "caption=11.5"; otherwise what the
-    # masking recipe gives texts of full length. Only speed depends on it, and the metric train/targets_per_sample/NAME
-    # has the truth.
+    # masking recipe gives where texts fill a quarter of their length. Only speed depends on it, and the metric
+    # train/targets_per_sample/NAME has the truth.
     c.train.expected_targets = ()
     # Over 0: leave after this many steps of this process, saving nothing more, as a preemption would.
     c.train.stop_after = 0

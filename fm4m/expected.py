@@ -9,35 +9,46 @@ import numpy as np
 
 from fm4m.config import ConfigError
 from fm4m.loss import target_slots
-from fm4m.masking_recipe import Masking
+from fm4m.masking_recipe import Masking, MaskingComponent
 from fm4m.modalities import ModalitySet, unknown_name
 
 DRAWS = 4096
 
+# How full texts are thought to be: slots of the loss for targets that are not there are computed in every batch, those
+# that are missing cost little.
+TEXT_FILLED = 0.25
+
 
 @functools.lru_cache(maxsize=16)
 def expected_targets(
-    masking: Masking, modalities: ModalitySet, tasks: tuple[str, ...]
+    modalities: ModalitySet, masking: Masking, tasks: tuple[str, ...]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Mean and standard deviation of the number of predicted tokens of each modality in a sample that lacks none.
 
-    Tasks are equally often. Numbers are Dirichlet shares of the target budget, none over the modality's length; with
-    ``refill``, scaled up to the whole budget. Text is taken to be as long as its maximum.
+    Tasks are equally often. Numbers are Dirichlet shares of the target budget, none over what is there: of a grid, what
+    the inputs leave; of a text, `TEXT_FILLED` of its maximum. With ``refill``, scaled up to the whole budget.
     """
     rng = np.random.default_rng(0)
-    most = np.array([m.max_tokens for m in modalities.modalities])
-    budget = sum(masking.target_range) / 2
-    mean, square = np.zeros(len(modalities)), np.zeros(len(modalities))
+    ms = modalities.modalities
+    most = np.array([m.max_tokens * (1.0 if m.grid else TEXT_FILLED) for m in ms])
+    grid = np.array([m.grid is not None for m in ms])
+    mean, square = np.zeros(len(ms)), np.zeros(len(ms))
+
+    def draw(component: MaskingComponent, side: str, budget: tuple[int, int]) -> np.ndarray:
+        alpha = np.array(list(component.concentration(side, modalities).values()))
+        shares = np.zeros((DRAWS, len(alpha)))
+        if (alpha > 0).any():
+            shares[:, alpha > 0] = rng.dirichlet(alpha[alpha > 0], DRAWS)
+        return shares * (sum(budget) / 2)
+
     for task in tasks:
         components = masking.components(task)
         weights = np.array([c.weight for c in components]) / len(tasks)
         for component, weight in zip(components, weights / sum(c.weight for c in components)):
-            alpha = np.array(list(component.concentration("targets", modalities).values()))
-            shares = np.zeros((DRAWS, len(alpha)))
-            shares[:, alpha > 0] = rng.dirichlet(alpha[alpha > 0], DRAWS)
-            tokens = np.minimum(shares * budget, most)
+            inputs = np.minimum(draw(component, "inputs", masking.input_range), most)
+            tokens = np.minimum(draw(component, "targets", masking.target_range), most - inputs * grid)
             if masking.refill:
-                tokens *= budget / tokens.sum(1, keepdims=True)
+                tokens *= sum(masking.target_range) / 2 / np.maximum(tokens.sum(1, keepdims=True), 1)
             mean += weight * tokens.mean(0)
             square += weight * (tokens**2).mean(0)
     deviation = np.sqrt(np.maximum(square - mean**2, 0))
@@ -46,14 +57,14 @@ def expected_targets(
 
 
 def loss_slots(
-    masking: Masking, modalities: ModalitySet, tasks: tuple[str, ...], samples: int, measured: Sequence[str] = ()
+    modalities: ModalitySet, masking: Masking, tasks: tuple[str, ...], samples: int, measured: Sequence[str] = ()
 ) -> dict[str, int]:
     """Static rows of the loss for each output modality, for ``samples`` samples of a device in one pass.
 
     ``measured`` are corrections of the recipe's expectation, as the configuration's ``train.expected_targets`` has
     them. Raises ConfigError for one that cannot be read or names no output.
     """
-    expected = dict(expected_targets(masking, modalities, tasks)[0])
+    expected = dict(expected_targets(modalities, masking, tasks)[0])
     for text in measured:
         name, _, number = text.partition("=")
         if name not in expected:

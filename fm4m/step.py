@@ -77,7 +77,7 @@ def make_step(
     abstract = abstract_state(config, model, modalities, optimizer, mesh)
     specs = sharding.param_specs(abstract["params"], mesh)
     rows = config.train.global_batch // sharding.batch_parts(mesh) // config.train.accumulation
-    slots = loss_slots(masking, modalities, tasks, rows, config.train.expected_targets)
+    slots = loss_slots(modalities, masking, tasks, rows, config.train.expected_targets)
     options = {"method": config.train.loss_method, "slots": slots}
 
     def local_gradients(params: Params, raw: RawBatch, position: jax.Array) -> tuple[Params, dict[str, jax.Array]]:

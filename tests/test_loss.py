@@ -167,7 +167,7 @@ def test_wrong_arguments(batch):
 
 SHAPE = (4, 48)
 SLOTS = {"depth": 24, "caption": 40, "global": 0, "absent": 8}
-LENGTHS = (4, 8, 16, 32)
+LENGTHS = (8, 16, 32)
 
 
 def batch_of_mix(counts, seed):
@@ -184,7 +184,7 @@ def batch_of_mix(counts, seed):
     return PackedBatch(tokens, tokens, jnp.asarray(target), {})
 
 
-@pytest.fixture(scope="module", params=[LENGTHS, (16,)], ids=["four lengths", "one length"])
+@pytest.fixture(scope="module", params=[LENGTHS, (16,)], ids=["three lengths", "one length"])
 def both_methods(request):
     """Jitted (hidden, head, batch, weights) -> (sums, gradients), dense and blocked with SLOTS and in parts."""
     with pytest.MonkeyPatch.context() as patch:
@@ -238,8 +238,8 @@ def test_every_mix_is_exact(both_methods, counts, seed):
 
 def test_multiplied_rows():
     rows = multiplied_rows([[24, 40, 0, 8], [25, 44, 3, 0], [56, 45, 37, 9]], np.array(list(SLOTS.values())), LENGTHS)
-    np.testing.assert_array_equal(rows, [[24, 40, 0, 8], [28, 44, 4, 8], [56, 48, 40, 12]])
-    assert block_lengths(16384) == (64, 128, 256, 512) and block_lengths(2048) == (64,) == block_lengths(10)
+    np.testing.assert_array_equal(rows, [[24, 40, 0, 8], [32, 48, 8, 8], [56, 48, 40, 16]])
+    assert block_lengths(16384) == (128, 256, 512) and block_lengths(8191) == (128,) and block_lengths(10) == (64,)
     assert block_lengths(16384, 32) == (32,)
     assert target_slots({"a": 3.99, "b": 4.0, "c": 0.5}, 64) == {"a": 128, "b": 256, "c": 0}
 

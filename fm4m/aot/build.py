@@ -48,7 +48,7 @@ def build(config: Any, topology: topology_lib.Topology) -> Program:
     sharding.check_parameters_are_split(state["params"], mesh)
     raw, positions = abstract_batch(modalities, config.train.global_batch, sharding.batch_sharding(mesh))
     step = step_lib.make_step(config, model, modalities, masking, tasks, optimizer, mesh)
-    targets, deviations = expected.expected_targets(masking, modalities, tasks)
+    targets, deviations = expected.expected_targets(modalities, masking, tasks)
     n, m = masking.input_range[1], masking.target_range[1]
     rows = config.train.global_batch // sharding.batch_parts(mesh) // config.train.accumulation
     outputs = modalities.outputs
@@ -80,7 +80,7 @@ def build(config: Any, topology: topology_lib.Topology) -> Program:
         "expected_targets": targets,
         "target_deviations": deviations,
         "loss": {
-            "slots": expected.loss_slots(masking, modalities, tasks, rows, config.train.expected_targets),
+            "slots": expected.loss_slots(modalities, masking, tasks, rows, config.train.expected_targets),
             "lengths": loss.block_lengths(rows * m),
         },
         "vocabularies": {name: round_up(modalities[name].vocab_size) for name in outputs},

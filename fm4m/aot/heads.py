@@ -1,13 +1,14 @@
 """How often the loops of the loss run, whose number of iterations depends on how many targets each modality has.
 
-`fm4m.loss` gives every modality a fixed number of slots. What is left over goes through two loops for each size of
-vocabulary: over the modalities that have whole blocks left, with a loop over the blocks inside, and over those that
-have less than a block left. They are known by the products with a head [vocabulary, width] that they hold.
+`fm4m.loss` gives every modality a fixed number of slots. What is left over goes through loops for each size of
+vocabulary, one for each block length: over the modalities that have blocks of the longest left, with a loop over those
+blocks inside, and over the modalities that have one block of a shorter length left. They are known by the products with
+a head [vocabulary, width] that they hold; a shorter length also by the rows of those products.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,9 +26,9 @@ def loop_trips(facts: dict[str, Any]) -> Callable[[Module, Instruction], float |
 
     The targets of a modality on a device are taken to be normal, with mean and deviation from the masking recipe.
     """
-    expected: dict[int, np.ndarray] = {}
+    expected: dict[int, LeftOver] = {}
     for name, vocabulary in facts["vocabularies"].items():
-        expected[vocabulary] = expected.get(vocabulary, 0.0) + left_over(facts, name)
+        expected.setdefault(vocabulary, LeftOver()).add(facts, name)
     inside: dict[int, set[str]] = {}
 
     def trips(module: Module, loop: Instruction) -> float | None:
@@ -36,32 +37,48 @@ def loop_trips(facts: dict[str, Any]) -> Callable[[Module, Instruction], float |
             return None
         if id(module) not in inside:
             inside[id(module)] = _inner_loops(module)
-        has_blocks, blocks, has_rest = expected[vocabulary]
+        left = expected[vocabulary]
         if loop.name in inside[id(module)]:
-            return blocks / has_blocks if has_blocks else 1.0
-        holds_loop = any(i.opcode == "while" for _, i in _walk(module, loop.called("body")))
-        return has_blocks if holds_loop else has_rest
+            return left.blocks / left.has_blocks if left.has_blocks else 1.0
+        if any(i.opcode == "while" for _, i in _walk(module, loop.called("body"))):
+            return left.has_blocks
+        rows = _sizes(module, loop)
+        return next((share for length, share in left.has_shorter.items() if length in rows), left.has_blocks)
 
     return trips
 
 
-def left_over(facts: dict[str, Any], name: str) -> np.ndarray:
-    """Float [3] for a modality: how likely it has whole blocks left over, how many on average, how likely a rest."""
-    samples, slots, lengths = facts["rows_per_pass"], facts["loss"]["slots"].get(name, 0), facts["loss"]["lengths"]
-    mean, deviation = facts["expected_targets"][name] * samples, facts["target_deviations"][name] * math.sqrt(samples)
-    counts = np.maximum(np.random.default_rng(0).normal(mean, deviation, _DRAWS).round(), 0)
-    left = np.maximum(counts - slots, 0)
-    blocks = left // lengths[-1] if len(lengths) > 1 else np.ceil(left / lengths[-1])
-    return np.array([(blocks > 0).mean(), blocks.mean(), (left > blocks * lengths[-1]).mean()])
+@dataclasses.dataclass
+class LeftOver:
+    """Expected numbers of modalities (of one vocabulary size) that have blocks left, and of blocks of the longest."""
+
+    has_blocks: float = 0.0
+    blocks: float = 0.0
+    has_shorter: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, facts: dict[str, Any], name: str) -> None:
+        """Adds a modality of a program's `fm4m.aot.build.Program.facts`."""
+        samples, slots, lengths = facts["rows_per_pass"], facts["loss"]["slots"].get(name, 0), facts["loss"]["lengths"]
+        mean, deviation = facts["expected_targets"][name] * samples, facts["target_deviations"][name] * samples**0.5
+        counts = np.maximum(np.random.default_rng(0).normal(mean, deviation, _DRAWS).round(), 0)
+        units = np.ceil(np.maximum(counts - slots, 0) / lengths[0])
+        blocks = units // (lengths[-1] // lengths[0])
+        self.has_blocks += float((blocks > 0).mean())
+        self.blocks += float(blocks.mean())
+        for length in lengths[:-1]:
+            share = float((units // (length // lengths[0]) % 2).mean())
+            self.has_shorter[length] = self.has_shorter.get(length, 0.0) + share
 
 
 def _vocabulary(module: Module, loop: Instruction, vocabularies: set[int]) -> int | None:
     """The rows of the head that a loop multiplies with."""
-    for _, i in _walk(module, loop.called("body")):
-        for size in i.arrays[0].dims if i.opcode in _PRODUCTS else ():
-            if size in vocabularies:
-                return size
-    return None
+    return next((size for size in _sizes(module, loop) if size in vocabularies), None)
+
+
+def _sizes(module: Module, loop: Instruction) -> list[int]:
+    """All dimensions of the products in a loop."""
+    products = (i for _, i in _walk(module, loop.called("body")) if i.opcode in _PRODUCTS)
+    return [size for i in products for size in i.arrays[0].dims]
 
 
 def _inner_loops(module: Module) -> set[str]:
