@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm4m import checkpoint, evaluate, flops, loading, metrics, optim, sharding, transplant
+from fm4m import checkpoint, evaluate, flops, loading, metrics, optim, recipes, sharding, transplant
 from fm4m import config as config_lib
 from fm4m import model as model_lib
 from fm4m import step as step_lib
@@ -382,6 +382,18 @@ def open_streams(config: Any) -> tuple[Stream, Stream]:
         message = error.args[0] if isinstance(error, KeyError) else error
         raise config_lib.ConfigError(f"data.mixture = {config.data.mixture!r}: {message}") from error
     return train_stream, eval_stream
+
+
+def mixture(config: Any) -> tuple[ModalitySet, Masking, tuple[str, ...]]:
+    """Modalities, masking recipe and tasks that a configuration trains on, for programs that need no samples.
+
+    They are those of the registered mixture if ``data.modules`` names any module, which needs its files, or else of a
+    released model's mixture, which needs nothing. Raises ConfigError.
+    """
+    if config.data.modules:
+        stream, _ = open_streams(config)
+        return stream.modalities, config_lib.budgets(config, stream.masking), tuple(stream.tasks)
+    return recipes.without_data(config)
 
 
 def sample_sheet(config: Any, stream: Stream) -> PictureHook | None:

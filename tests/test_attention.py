@@ -207,7 +207,7 @@ def test_kernels_lower_for_tpu():
 
 
 def kernel_counts(jaxpr) -> Counter:
-    """How often each kernel whose result something reads occurs in a jaxpr and those within it; XLA drops the others."""
+    """How often each kernel occurs in a jaxpr, where something reads its result: XLA drops the others."""
     read = {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
     counts = Counter()
     for equation in jaxpr.eqns:

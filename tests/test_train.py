@@ -70,7 +70,9 @@ def test_checkpoint_holds_parameters_average_and_description(run):
 
 def test_a_finished_run_validates_again_and_changes_nothing(run):
     workdir, result, _ = run
-    again = train.train(tiny_config(optimizer__ema=0.5), workdir, TinyStream(), VALIDATION)
+    # How the model is run is no part of what the run is.
+    config = tiny_config(optimizer__ema=0.5, model__remat="full", model__scan_group=0)
+    again = train.train(config, workdir, TinyStream(), VALIDATION)
     assert again.step == 24 and again.losses["end"] == pytest.approx(result.losses["end"], rel=1e-6)
     jax.tree.map(np.testing.assert_array_equal, again.state, result.state)
 
@@ -209,12 +211,16 @@ def test_two_processes_agree_with_one_and_one_continues_them(tmp_path):
     outs = [tmp_path / f"2_{i}.npz" for i in range(2)]
     # Twelve steps on two processes of two devices, the rest on one process of one device.
     both = [
-        start(tmp_path / "2", out, "train.stop_after=12", devices=2, JAX_PROCESS_ID=str(i), **env)
+        start(
+            tmp_path / "2", out, "train.stop_after=12", "log.pictures_every=6", devices=2, JAX_PROCESS_ID=str(i), **env
+        )
         for i, out in enumerate(outs)
     ]
     assert [p.wait(timeout=TIMEOUT) for p in both] == [0, 0], pathlib.Path(f"{outs[0]}.log").read_text()[-3000:]
     text = pathlib.Path(f"{outs[1]}.log").read_text()
     assert "this process reads part 2 of 2" in text
+    pictures = sorted(p.name for p in (tmp_path / "2" / "pictures").iterdir())
+    assert pictures == ["00000006_norm.png", "00000012_norm.png"]
     rest = finish(start(tmp_path / "2", tmp_path / "2.npz"), tmp_path / "2.npz")
     assert "continuing at step 10" in (tmp_path / "2.npz.log").read_text()
     assert largest_difference(one, rest) < 2e-6

@@ -9,14 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from fm4m import config as config_lib
-from fm4m import expected, flops, loss, optim, recipes, sharding, train
+from fm4m import expected, flops, loss, optim, sharding, train
 from fm4m import model as model_lib
 from fm4m import step as step_lib
 from fm4m.aot import topology as topology_lib
 from fm4m.batch import RawBatch, abstract_batch
-from fm4m.masking import Masking
-from fm4m.modalities import ModalitySet, round_up
+from fm4m.modalities import round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Program:
 
 def build(config: Any, topology: topology_lib.Topology) -> Program:
     """Makes the step as `fm4m.train` does. Raises ConfigError for a configuration that cannot run there."""
-    modalities, masking, tasks = mixture(config)
+    modalities, masking, tasks = train.mixture(config)
     mesh = sharding.make_mesh(**config.mesh, devices=topology_lib.devices(topology))
     sharding.check_batch(mesh, config.train.global_batch, config.train.accumulation)
     model = train.make_model_config(config, "tpu", masking.most_tokens)
@@ -86,15 +84,6 @@ def build(config: Any, topology: topology_lib.Topology) -> Program:
         "vocabularies": {name: round_up(modalities[name].vocab_size) for name in outputs},
     }
     return Program(step, (state, raw, positions), mesh, facts)
-
-
-def mixture(config: Any) -> tuple[ModalitySet, Masking, tuple[str, ...]]:
-    """Modalities, masking and tasks: of the registered mixture if ``data.modules`` names any, or else of the released
-    model's mixture, without its data."""
-    if config.data.modules:
-        stream, _ = train.open_streams(config)
-        return stream.modalities, config_lib.budgets(config, stream.masking), tuple(stream.tasks)
-    return recipes.without_data(config)
 
 
 def bytes_per_device(tree: Any) -> int:

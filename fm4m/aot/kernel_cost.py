@@ -28,10 +28,14 @@ WAITING = 1.05
 LANES = 128
 COMPILE_SECONDS = 300
 
+# More than the VMEM of any chip.
+HBM_BYTES = 256 * 2**20
+
 _DIRECTIONS = ("forward", "backward")
-_BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(LB|LH|LE|PB|PF|CT)?:? *:? *(>*) *[{\[]?(.*)")
-# A jump ahead; the loop's own jump back is taken on "!%p".
-_SKIP = re.compile(r"\bsbr\.rel \(%p")
+# A bundle: address, label, as many ">" as loops are around it, and its instructions with comments on regions.
+_BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(?:[A-Z]{2})?:? *:? *(>*) *\{(.*)")
+_JUMP = re.compile(r"\bsbr\.rel \(!?%\w+\) target = \$region(\d+)")
+_START = re.compile(r"Start(?:/End empty)? region (\d+)")
 
 
 class KernelCostError(RuntimeError):
@@ -103,27 +107,27 @@ def parse_bundles(text: str) -> dict[str, int]:
     Returns {"step": those that every step runs, "first": those that it jumps over except at a sample's first lane
     block}. Raises KernelCostError if the text is none of a kernel with a loop over its grid.
     """
-    step = first = 0
-    # Regions that a jump leaps over: the body of a step, which only the pipeline's ends leave out, and within it what
-    # only some steps run. A region ends at its label "PF".
-    inside = 0
-    for line in text.splitlines():
-        match = _BUNDLE.match(line)
-        if match is None or not match[2]:
-            continue
-        if len(match[2]) > 1:
-            raise KernelCostError("the kernel has a loop within its grid, whose trip count the bundles do not say")
-        if match[1] == "PF":
-            inside -= 1
-        if inside > 1:
-            first += 1
-        else:
-            step += 1
-        if _SKIP.search(match[3]):
-            inside += 1
-    if not step or inside:
+    lines = [m.groups() for m in map(_BUNDLE.match, text.splitlines()) if m and m[1]]
+    if any(len(depth) > 1 for depth, _ in lines):
+        raise KernelCostError("the kernel has a loop within its grid, whose trip count the bundles do not say")
+    starts = {region: i for i, (_, code) in enumerate(lines) for region in _START.findall(code)}
+    # What a jump ahead leaves out. The loop's own jump goes back.
+    leaps = []
+    for i, (_, code) in enumerate(lines):
+        end = max((starts.get(region, -1) for region in _JUMP.findall(code)), default=-1)
+        if end > i:
+            leaps.append(range(i + 1, end))
+    body = max(leaps, key=len, default=range(0))
+    if 2 * len(body) < len(lines) or not lines:
         raise KernelCostError("this is not the text of a TPU kernel's final bundles as this version of fm4m reads it")
-    return {"step": step, "first": first}
+    # The largest leap is over the body of a step, which only the pipeline's ends leave out; those within it are over
+    # what some steps leave out, and over copies, which every step makes.
+    first = set()
+    for leap in leaps:
+        inside = leap != body and leap.start >= body.start and leap.stop <= body.stop
+        if inside and not any("dma." in lines[i][1] for i in leap):
+            first.update(leap)
+    return {"step": len(lines) - len(first), "first": len(first)}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -197,7 +201,10 @@ def _compile(request: dict[str, Any], folder: pathlib.Path) -> dict[str, dict[st
 
 
 def _compile_here(request: dict[str, Any]) -> None:
-    """Compiles the forward and backward kernel of two lane blocks and four steps."""
+    """Compiles the forward and backward kernel, for so many samples that their arrays stay in HBM.
+
+    Smaller ones XLA moves to VMEM as a whole, and the kernels then copy them with instructions of their own.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -208,7 +215,9 @@ def _compile_here(request: dict[str, Any]) -> None:
     kind = request["chip"]
     topology = topology_lib.parse(f"{kind}-{1 if kind in ('v5e', 'v6e') else 2}")
     sharding = NamedSharding(Mesh(np.array(topology_lib.devices(topology)), ("chip",)), PartitionSpec())
-    batch, width, sizes = 4 * request["step"], 2 * LANES, (request["num_queries"], request["num_keys"])
+    width, sizes = 2 * LANES, (request["num_queries"], request["num_keys"])
+    # An odd multiple of two steps, for which `step_samples` does not choose longer ones.
+    batch = 2 * request["step"] * (2 * (HBM_BYTES // (4 * request["step"] * 2 * width * min(sizes))) + 1)
 
     def array(tokens: int, *rest: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, tokens, *rest), dtype, sharding=sharding)
