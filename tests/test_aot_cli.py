@@ -12,11 +12,8 @@ import sys
 import pytest
 
 from fm4m.aot import __main__ as cli
-from fm4m.aot import build, compiler, roofline, search, topology
+from fm4m.aot import compiler, roofline, search, topology
 from fm4m.aot.chips import GIB
-from fm4m.masking import Masking, MaskingComponent
-from fm4m.modality_sets import MOD7
-from fm4m.recipes import mod7_masking
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMEOUT = 900
@@ -160,20 +157,6 @@ def test_hbm_of_the_memory_report():
     assert compiler.hbm_of_report(report) == 120
     with pytest.raises(compiler.CompilerError, match="no line for HBM"):
         compiler.hbm_of_report("")
-
-
-def test_expected_targets_fill_the_budget():
-    targets, deviations = build.expected_targets(mod7_masking(), MOD7, ("mod7",))
-    assert set(targets) == set(MOD7.outputs)
-    assert sum(targets.values()) == pytest.approx(128, rel=0.01)
-    assert all(t == pytest.approx(128 / 7, rel=0.1) for t in targets.values())
-    # A Dirichlet share of 7 with concentration 0.5 has the variance (1/7) (6/7) / 4.5.
-    assert all(d == pytest.approx(128 * (6 / 49 / 4.5) ** 0.5, rel=0.1) for d in deviations.values())
-
-
-def test_expected_targets_stop_at_a_modalitys_length():
-    only = Masking(128, 1024, {"*": (MaskingComponent(inputs=1.0, targets={"tok_rgb@224": 1.0}),)})
-    assert build.expected_targets(only, MOD7, ("a",))[0]["tok_rgb@224"] == 196
 
 
 PER_ROW = {"none": 1.6, "dots": 1.0, "projections": 0.5, "residual": 0.3, "full": 0.15}

@@ -9,7 +9,8 @@ from fm4m import recipes
 from fm4m.config import ConfigError
 from fm4m.expected import expected_targets, loss_slots
 from fm4m.loss import target_counts
-from fm4m.masking import mask_batch
+from fm4m.masking import Masking, MaskingComponent, mask_batch
+from fm4m.modality_sets import MOD7
 from fm4m.synthetic import RandomStream
 
 
@@ -38,6 +39,23 @@ def test_expectation_is_what_masking_does(mod7):
             assert abs(drawn[modalities.index(name)] - mean[name]) < error, name
     texts = [n for n in modalities.outputs if not modalities[n].grid]
     assert texts and all(0 < mean[n] < 64 / 7 for n in texts)
+
+
+def test_grids_share_a_small_budget_as_the_dirichlet_does(mod7):
+    modalities = mod7[0]
+    mean, deviation = expected_targets(*mod7)
+    for name in modalities.outputs:
+        if modalities[name].grid:
+            assert mean[name] == pytest.approx(64 / 7, rel=0.1)
+            # A Dirichlet share of 7 with concentration 0.5 has the variance (1/7) (6/7) / 4.5.
+            assert deviation[name] == pytest.approx(64 * (6 / 49 / 4.5) ** 0.5, rel=0.1)
+
+
+def test_targets_stop_at_what_the_inputs_leave_of_a_grid():
+    everything = MaskingComponent(inputs={"rgb@224": 1.0}, targets={"tok_rgb@224": 1.0})
+    assert expected_targets(MOD7, Masking(128, 1024, {"*": (everything,)}), ("a",))[0]["tok_rgb@224"] == 196
+    half = MaskingComponent(inputs={"tok_rgb@224": 1.0}, targets={"tok_rgb@224": 1.0})
+    assert expected_targets(MOD7, Masking(96, 1024, {"*": (half,)}), ("a",))[0]["tok_rgb@224"] == 100
 
 
 def test_slots_follow_the_recipe_and_what_was_measured(mod7):
