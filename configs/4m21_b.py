@@ -1,6 +1,6 @@
-"""4M-B on twenty-one modalities (198M parameters without tables): the released recipe of the reference implementation.
+r"""4M-B on twenty-one modalities (198M parameters without tables): the released recipe of the reference implementation.
 
-Command:  python -m fm4m.train --config=configs/4m21_b.py --workdir=runs/4m21_b
+Command:  python -m fm4m.train --config=configs/4m21_b.py --workdir=runs/4m21_b \
               --config.train.init_from=runs/4m_b
 Prepare:  a trained 4M-B of seven modalities, and a module that registers the mixture "mod21" with your data, named in
           --config.data.modules; what it must hold is said in fm4m.recipes.mod21_pretraining.
@@ -13,7 +13,4 @@ from fm4m import recipes
 
 
 def get_config():
-    c = recipes.mod21_pretraining("fm_base_12e_12d_swiglu_nobias")
-    # Unrolled layers are faster on TPU once compiled.
-    c.model.scan_group = 0
-    return c
+    return recipes.mod21_pretraining("fm_base_12e_12d_swiglu_nobias")

@@ -1,6 +1,6 @@
-"""4M-L on twenty-one modalities (705M parameters without tables): the released recipe of the reference implementation.
+r"""4M-L on twenty-one modalities (705M parameters without tables): the released recipe of the reference implementation.
 
-Command:  python -m fm4m.train --config=configs/4m21_l.py --workdir=runs/4m21_l
+Command:  python -m fm4m.train --config=configs/4m21_l.py --workdir=runs/4m21_l \
               --config.train.init_from=runs/4m_l
 Prepare:  a trained 4M-L of seven modalities, and a module that registers the mixture "mod21" with your data, named in
           --config.data.modules; what it must hold is said in fm4m.recipes.mod21_pretraining.
@@ -13,8 +13,4 @@ from fm4m import recipes
 
 
 def get_config():
-    c = recipes.mod21_pretraining("fm_large_24e_24d_swiglu_nobias")
-    # 64 samples a chip on a v4-128; keeping everything would not fit. Unrolled layers are faster once compiled.
-    c.model.remat = "dots"
-    c.model.scan_group = 0
-    return c
+    return recipes.mod21_pretraining("fm_large_24e_24d_swiglu_nobias")

@@ -1,6 +1,6 @@
-"""4M-XL on twenty-one modalities (2.8B parameters without tables): the released recipe of the reference implementation.
+r"""4M-XL on twenty-one modalities (2.8B parameters without tables): the recipe that the reference released.
 
-Command:  python -m fm4m.train --config=configs/4m21_xl.py --workdir=runs/4m21_xl
+Command:  python -m fm4m.train --config=configs/4m21_xl.py --workdir=runs/4m21_xl \
               --config.train.init_from=runs/4m_xl
 Prepare:  a trained 4M-XL of seven modalities, and a module that registers the mixture "mod21" with your data, named in
           --config.data.modules; what it must hold is said in fm4m.recipes.mod21_pretraining.
@@ -13,12 +13,4 @@ from fm4m import recipes
 
 
 def get_config():
-    c = recipes.mod21_pretraining("fm_xlarge_24e_24d_swiglu_nobias")
-    # Two passes of 32 samples a chip on a v4-128 (one would not fit); from v4-256 on, one pass does. Unrolled, XL needs
-    # over 20 GiB of the compiling host's memory.
-    c.train.accumulation = 2
-    c.model.remat = "dots"
-    c.model.scan_group = 8
-    c.optimizer.blr = 2e-5
-    c.optimizer.clip_norm = 3.0
-    return c
+    return recipes.mod21_pretraining("fm_xlarge_24e_24d_swiglu_nobias")

@@ -12,8 +12,4 @@ from fm4m import recipes
 
 
 def get_config():
-    c = recipes.mod7_pretraining("fm_large_24e_24d_swiglu_nobias")
-    # 128 samples a chip on a v4-128; keeping everything would not fit. Unrolled layers are faster once compiled.
-    c.model.remat = "dots"
-    c.model.scan_group = 0
-    return c
+    return recipes.mod7_pretraining("fm_large_24e_24d_swiglu_nobias")

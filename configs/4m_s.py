@@ -12,7 +12,4 @@ from fm4m import recipes
 
 
 def get_config():
-    c = recipes.mod7_pretraining("fm_small_8e_8d_swiglu_nobias")
-    # Unrolled layers are faster on TPU once compiled.
-    c.model.scan_group = 0
-    return c
+    return recipes.mod7_pretraining("fm_small_8e_8d_swiglu_nobias")

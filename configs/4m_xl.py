@@ -12,12 +12,4 @@ from fm4m import recipes
 
 
 def get_config():
-    c = recipes.mod7_pretraining("fm_xlarge_24e_24d_swiglu_nobias")
-    # Two passes of 64 samples a chip on a v4-128 (one would not fit); from v4-256 on, one pass does. Unrolled, XL needs
-    # over 20 GiB of the compiling host's memory.
-    c.train.accumulation = 2
-    c.model.remat = "dots"
-    c.model.scan_group = 8
-    c.optimizer.blr = 2e-5
-    c.optimizer.clip_norm = 3.0
-    return c
+    return recipes.mod7_pretraining("fm_xlarge_24e_24d_swiglu_nobias")

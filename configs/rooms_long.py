@@ -1,9 +1,9 @@
-"""The longer recipe on the built-in rooms: five times the pictures, a larger model; under an hour on two CPU cores.
+r"""The longer recipe on the built-in rooms: five times the pictures, a larger model; under an hour on two CPU cores.
 
 Prepare:  4,000 more rooms (the furniture catalogues are in Debian's package sweethome3d-furniture), then tokens of all:
           python -m data_pipelines.rooms.generate --out=data/packs --count=4000 --seed=1 --processes=2
-          python -m data_pipelines.rooms.prepare --out=data/rooms_long
-              --pack=data_pipelines/rooms/pack/rooms_train.zip --pack=data/packs/rooms_train-00000-of-00002.zip
+          python -m data_pipelines.rooms.prepare --out=data/rooms_long \
+              --pack=data_pipelines/rooms/pack/rooms_train.zip --pack=data/packs/rooms_train-00000-of-00002.zip \
               --pack=data/packs/rooms_train-00001-of-00002.zip --pack=data_pipelines/rooms/pack/rooms_val.zip
 Command:  FM4M_ROOMS=data/rooms_long python -m fm4m.train --config=configs/rooms_long.py --workdir=runs/rooms_long
 Cost:     rooms 4 minutes, tokens 4 minutes, training 55 minutes on two busy CPU cores.

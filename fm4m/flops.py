@@ -35,6 +35,14 @@ PEAKS: tuple[tuple[str, float, int], ...] = (
 )
 
 
+def chip_peak(device_kind: str) -> float:
+    """Peak bfloat16 FLOP/s of a chip that JAX calls so. Raises KeyError for one that is not in `PEAKS`."""
+    for prefix, peak, _ in PEAKS:
+        if device_kind.startswith(prefix):
+            return peak
+    raise KeyError(f"no peak is known of {device_kind!r}: add it to PEAKS in fm4m/flops.py")
+
+
 def trunk_flops(config: Any, modalities: ModalitySet, num_inputs: int, num_targets: int) -> float:
     """FLOPs of forward and backward passes through everything but the output heads, for one sample.
 

@@ -51,7 +51,7 @@ def without_data(config: Any) -> tuple[ModalitySet, Masking, tuple[str, ...]]:
     name = config.data.mixture
     if name not in RELEASED:
         raise config_lib.ConfigError(
-            f"data.mixture: {unknown_name(name, RELEASED, 'mixture that is known without its data')} "
+            f"data.mixture: {unknown_name(name, RELEASED, 'mixture that is known without its data')}. "
             "Name the module that registers it in data.modules"
         )
     modalities, masking = RELEASED[name]
@@ -80,6 +80,24 @@ def mod21_pretraining(model: str) -> ml_collections.ConfigDict:
     return c
 
 
+# What differs between the sizes beyond their sizes, by the second part of a model's name. Memory is that of a v4-128 at
+# the released batch of 4M-7, of 30.75 GiB a chip, as `fm4m.aot` says.
+HOW_SIZES_RUN = {
+    # Everything is kept (12.6 GiB for B), and unrolled layers are the fastest once compiled.
+    "tiny": {"model": {"scan_group": 0}},
+    "small": {"model": {"scan_group": 0}},
+    "base": {"model": {"scan_group": 0}},
+    # Keeping everything does not fit.
+    "large": {"model": {"scan_group": 0, "remat": "dots"}},
+    # Two passes (27.4 GiB; on a v4-256 one pass does). Unrolled, it needs over 20 GiB of the compiling host's memory.
+    "xlarge": {
+        "model": {"scan_group": 8, "remat": "dots"},
+        "train": {"accumulation": 2},
+        "optimizer": {"blr": 2e-5, "clip_norm": 3.0},
+    },
+}
+
+
 def _pretraining(model: str, mixture: str, *, tokens: int, batch: int) -> ml_collections.ConfigDict:
     c = config_lib.default()
     c.model.name = model
@@ -95,6 +113,7 @@ def _pretraining(model: str, mixture: str, *, tokens: int, batch: int) -> ml_col
     c.train.epoch_samples = config_lib.REFERENCE_EPOCH_SAMPLES
     c.optimizer.blr = 1e-4
     c.optimizer.warmup = "10B tokens"
+    c.update(HOW_SIZES_RUN[model.split("_")[1]])
 
     epoch = config_lib.REFERENCE_EPOCH_SAMPLES // batch
     c.checkpoint.every = epoch

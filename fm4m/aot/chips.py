@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from fm4m import flops
+
 GIB = 2**30
 
 # XLA:TPU overestimates element-wise operations on values that stay on the chip, so estimates cap them at this rate:
@@ -20,7 +22,6 @@ class Chip:
     Attributes:
       kind: the name in slice types such as v4-128.
       device_kind: what JAX calls it.
-      bf16_flops: dense bfloat16 FLOP/s (vendor's data sheet).
       clock: Hz at which XLA's ``estimated_cycles`` make large bfloat16 products as fast as the peak allows (v4: 93 % of
         it, v5p 90 %, v5e 88 %; v6e only 70 %, so that its estimates are pessimistic).
       cores: TensorCores a chip.
@@ -32,13 +33,17 @@ class Chip:
 
     kind: str
     device_kind: str
-    bf16_flops: float
     clock: float
     cores: int
     hbm_bytes: int
     hbm_rate: float
     ici_rate: float
     dcn_rate: float
+
+    @property
+    def bf16_flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        return flops.chip_peak(self.device_kind)
 
     @property
     def hbm_effective(self) -> float:
@@ -54,9 +59,9 @@ class Chip:
 CHIPS = {
     chip.kind: chip
     for chip in (
-        Chip("v4", "TPU v4", 275e12, 1.05e9, 2, int(30.75 * GIB), 1228.8e9, 45e9, 6.25e9),
-        Chip("v5p", "TPU v5", 459e12, 1.75e9, 2, int(95.74 * GIB), 2765e9, 90e9, 6.25e9),
-        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 1, int(15.75 * GIB), 819e9, 45e9, 3.125e9),
-        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 1, int(31.25 * GIB), 1640e9, 90e9, 12.5e9),
+        Chip("v4", "TPU v4", 1.05e9, 2, int(30.75 * GIB), 1228.8e9, 45e9, 6.25e9),
+        Chip("v5p", "TPU v5", 1.75e9, 2, int(95.74 * GIB), 2765e9, 90e9, 6.25e9),
+        Chip("v5e", "TPU v5 lite", 1.5e9, 1, int(15.75 * GIB), 819e9, 45e9, 3.125e9),
+        Chip("v6e", "TPU v6 lite", 1.75e9, 1, int(31.25 * GIB), 1640e9, 90e9, 12.5e9),
     )
 }

@@ -176,7 +176,10 @@ def hbm_of_report(report: str) -> int:
 def _last_words(folder: pathlib.Path, code: int) -> str:
     lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
     if code == -signal.SIGKILL:
-        return "the compiler was killed, most likely for lack of memory: unrolled layers of XL need over 24 GB of it"
+        return (
+            "the compiler was killed, most likely because this machine's memory is full: large models unrolled need "
+            "over 20 GiB of it. Compile groups of layers instead, for example --config.model.scan_group=4"
+        )
     if code == 2 and lines:  # a sentence about a flag
         raise ConfigError(lines[-1].removeprefix("error: "))
     return "\n".join([f"the compiler ended with code {code}; its last lines:", *lines[-15:]])

@@ -7,7 +7,6 @@ bundle a cycle when nothing keeps it waiting, so bundles times cycle time is the
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -20,7 +19,6 @@ from typing import Any
 from fm4m.aot import topology as topology_lib
 from fm4m.aot.chips import CHIPS
 from fm4m.config import ConfigError
-from fm4m.files import complete_file
 from fm4m.modalities import unknown_name
 
 # What kernels take beyond their bundles, waiting for copies at the ends of their rows of steps.
@@ -51,7 +49,6 @@ def attention_seconds(
     chip: str = "v4",
     samples: int = 16,
     lane_blocks: int = 8,
-    cache: str | os.PathLike | None = None,
 ) -> dict[str, float]:
     """Seconds that a chip spends on one sample and one block of 128 lanes (128 / head_dim heads) of attention.
 
@@ -64,7 +61,6 @@ def attention_seconds(
       chip: "v4", "v5e", "v5p" or "v6e". The cores of a chip share the samples, and the seconds are the chip's.
       samples: samples a chip has, which decides how many one grid step takes.
       lane_blocks: blocks of 128 lanes in the model's width, over which the rule of visibility is spread.
-      cache: folder that keeps the counts for other processes; created if needed.
 
     Returns:
       {"forward": seconds, "backward": seconds}; times the samples of a chip and the lane blocks, the time of a call.
@@ -80,7 +76,7 @@ def attention_seconds(
     if reason:
         raise ValueError(reason)
     step = attention_tpu.step_samples(samples, num_queries, num_keys)
-    counts = _counts(num_queries, num_keys, head_dim, dtype, chip, step, None if cache is None else str(cache))
+    counts = _counts(num_queries, num_keys, head_dim, dtype, chip, step)
     kind = CHIPS[chip]
     seconds = WAITING / (kind.clock * kind.cores * step)
     return {k: seconds * (counts[k]["step"] + counts[k]["first"] / lane_blocks) for k in _DIRECTIONS}
@@ -97,7 +93,7 @@ def attention_bundles(
     from fm4m import attention_tpu
 
     step = attention_tpu.step_samples(samples, num_queries, num_keys)
-    counts = _counts(num_queries, num_keys, head_dim, dtype, chip, step, None)
+    counts = _counts(num_queries, num_keys, head_dim, dtype, chip, step)
     return {k: {part: n / step for part, n in counts[k].items()} for k in _DIRECTIONS}
 
 
@@ -132,7 +128,7 @@ def parse_bundles(text: str) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _counts(
-    num_queries: int, num_keys: int, head_dim: int, dtype: str, chip: str, step: int, cache: str | None
+    num_queries: int, num_keys: int, head_dim: int, dtype: str, chip: str, step: int
 ) -> dict[str, dict[str, int]]:
     request = {
         "num_queries": num_queries,
@@ -142,32 +138,8 @@ def _counts(
         "chip": chip,
         "step": step,
     }
-    path = None if cache is None else pathlib.Path(cache) / f"attention-{_digest(request)}.json"
-    if path is not None and path.is_file():
-        return json.loads(path.read_text())["bundles"]
     with tempfile.TemporaryDirectory() as folder:
-        counts = _compile(request, pathlib.Path(folder))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with complete_file(path) as partial:
-            partial.write_text(json.dumps({**request, "bundles": counts}))
-    return counts
-
-
-def _digest(request: dict[str, Any]) -> str:
-    """Of the request and of what the counts depend on besides: the kernels and the compiler."""
-    import importlib.metadata
-
-    from fm4m import attention_tpu
-
-    versions = {}
-    for package in ("jax", "libtpu"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = ""
-    kernels = hashlib.sha256(pathlib.Path(attention_tpu.__file__).read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps([request, versions, kernels], sort_keys=True).encode()).hexdigest()[:24]
+        return _compile(request, pathlib.Path(folder))
 
 
 def _compile(request: dict[str, Any], folder: pathlib.Path) -> dict[str, dict[str, int]]:
