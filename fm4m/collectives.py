@@ -79,6 +79,7 @@ _gather_same.defvjp(lambda x, dim: (_gather_same(x, dim), None), _own_part)
 
 
 
+@jax.named_scope("embeddings")
 def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """``table[index]``: rows [..., D] of a table [V, D], indices beyond it clipped.
 

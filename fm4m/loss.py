@@ -24,6 +24,7 @@ from fm4m.modalities import ROW_MULTIPLE, ModalitySet, round_up, unknown_name
 LOGITS_BYTES = 70 * 2**20
 
 
+@jax.named_scope("loss")
 def cross_entropy_sums(
     hidden: jax.Array,
     head: jax.Array,

@@ -197,6 +197,7 @@ class Encoded(NamedTuple):
     valid: jax.Array
 
 
+@jax.named_scope("encoder")
 def encode(
     params: Params,
     config: ModelConfig,
@@ -240,6 +241,7 @@ def encode(
     return Encoded(hidden, embedding, valid)
 
 
+@jax.named_scope("decoder")
 def decode(
     params: Params,
     config: ModelConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from aot_modules import walk
 
-from fm4m.aot import heads, hlo, kernels, loops
+from fm4m.aot import heads, hlo, kernels, loops, schedule
 from fm4m.aot.chips import CHIPS
 
 CHIP = CHIPS["v4"]
@@ -333,3 +333,12 @@ def test_other_loops_are_not_taken_for_the_losss():
     facts = {"rows_per_pass": 1, "vocabularies": {"a": 512}, "loss": {"slots": {}, "lengths": (64,)},
              "expected_targets": {"a": 1.0}, "target_deviations": {"a": 1.0}}  # fmt: skip
     assert walk(text, loop_trips=heads.loop_trips(facts)).unknown
+
+
+def test_time_is_told_apart_by_the_innermost_named_scope():
+    text = ELEMENTWISE.replace("CYC", cycles(100))
+    assert [schedule.part(n) for n in ("jit(step)/transpose(jvp(encoder))/embeddings/add", "a/loss_fn/mul")] == [
+        "embeddings", schedule.OTHER,
+    ]  # fmt: skip
+    walked = walk(text.replace("x/mul", "jit(step)/transpose(jvp(loss))/mul"))
+    assert walked.parts["loss"] == sum(walked.parts.values()) == walked.seconds > 0

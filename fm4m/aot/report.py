@@ -23,7 +23,7 @@ def full(numbers: dict[str, Any]) -> str:
     if numbers["roofline"]:
         blocks += [collectives(numbers), roofline(numbers)]
     if numbers["estimate"]:
-        blocks.append(estimate(numbers))
+        blocks += [estimate(numbers), parts(numbers)]
     return "\n\n".join(blocks)
 
 
@@ -112,6 +112,14 @@ def estimate(numbers: dict[str, Any]) -> str:
     for what, count in unknown.items():
         text += f"\nnot in the estimate: {count} x {what}"
     return text
+
+
+def parts(numbers: dict[str, Any]) -> str:
+    """Where the time of the operations goes, by named scope."""
+    seconds, total = numbers["schedule"]["parts"], numbers["estimate"]["est_seconds"]
+    rows = [("operations by part of the step", "ms", "share")]
+    rows += [(name, f"{s * 1e3:.2f}", f"{s / total:.2%}") for name, s in seconds.items()]
+    return table(rows)
 
 
 def heaviest(numbers: dict[str, Any], count: int) -> str:

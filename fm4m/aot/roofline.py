@@ -47,7 +47,7 @@ def analyse(
         costs.kernel_seconds = kernels.kernel_seconds(facts, topology.chip, attention)
     walked = schedule.walk(compiled.module, costs)
     out["collectives"] = walked.collectives.table()
-    out["schedule"] = {"loops": walked.loops, "unknown": walked.unknown, "heaviest": walked.heaviest}
+    out["schedule"] = {name: getattr(walked, name) for name in ("parts", "loops", "unknown", "heaviest")}
     out["roofline"] = roofline(facts, walked, topology)
     if compiled.complete:
         out["estimate"] = estimate(facts, walked, out["roofline"])

@@ -28,6 +28,9 @@ _ASYNCHRONOUS = ("copy-start", "slice-start", "async-start")
 _PRODUCTS = ("convolution", "dot")
 # Their cost is not in the bytes, so XLA's estimate stands as it is.
 _IRREGULAR = ("scatter", "sort")
+# The named scopes of the step (`jax.named_scope`) whose time is told apart; of nested ones the innermost counts.
+PARTS = ("masking", "embeddings", "encoder", "decoder", "loss", "optimizer")
+OTHER = "other"
 
 
 @dataclasses.dataclass
@@ -62,6 +65,7 @@ class Schedule:
       collectives: counts, bytes and seconds.
       loops: every loop: (name, iterations, whether they were expected instead of known).
       unknown: loops that depend on data and were counted once, and custom calls of unknown cost.
+      parts: seconds by named scope (`PARTS`, `OTHER`): their sum is ``seconds``.
       heaviest: (seconds a step, executions, opcode, name, JAX name) of the costliest instructions.
     """
 
@@ -75,6 +79,7 @@ class Schedule:
     hbm_bytes: float = 0.0
     loops: list[tuple[str, float, bool]] = dataclasses.field(default_factory=list)
     unknown: list[str] = dataclasses.field(default_factory=list)
+    parts: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys((*PARTS, OTHER), 0.0))
     heaviest: list[tuple[float, float, str, str, str]] = dataclasses.field(default_factory=list)
 
 
@@ -147,6 +152,7 @@ class _Walk:
         else:
             seconds = min(by_xla, by_bytes)
         total.seconds += times * seconds
+        total.parts[part(i.op_name)] += times * seconds
         total.raw_seconds += times * by_xla
         total.hbm_bytes += times * hbm
         total.product_flops += times * flops
@@ -154,6 +160,15 @@ class _Walk:
         total.kernel_seconds += times * (kernel or 0.0)
         total.floor_seconds += times * max(flops / chip.bf16_flops, hbm / chip.hbm_rate, kernel or 0.0)
         self.rows.append((times * seconds, times, i.opcode, i.name, i.op_name))
+
+
+def part(op_name: str) -> str:
+    """The part of the step that an instruction belongs to, by its JAX name: jit(step)/transpose(jvp(loss))/mul -> loss.
+
+    A fusion has the name of its root.
+    """
+    found = re.findall(rf"\b(?:{'|'.join(PARTS)})\b", op_name)
+    return found[-1] if found else OTHER
 
 
 # ---- bytes
