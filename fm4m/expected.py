@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -56,15 +56,13 @@ def expected_targets(
     return {n: float(mean[k]) for k, n in outputs}, {n: float(deviation[k]) for k, n in outputs}
 
 
-def loss_slots(
-    modalities: ModalitySet, masking: Masking, tasks: tuple[str, ...], samples: int, measured: Sequence[str] = ()
-) -> dict[str, int]:
-    """Static rows of the loss for each output modality, for ``samples`` samples of a device in one pass.
+def corrected(expected: Mapping[str, float], measured: Sequence[str]) -> dict[str, float]:
+    """Expected targets of a sample with some replaced by measured means.
 
-    ``measured`` are corrections of the recipe's expectation, as the configuration's ``train.expected_targets`` has
-    them. Raises ConfigError for one that cannot be read or names no output.
+    ``measured`` is the configuration's ``train.expected_targets``: texts like "caption=11.5". Raises ConfigError for
+    one that cannot be read or names no output modality.
     """
-    expected = dict(expected_targets(modalities, masking, tasks)[0])
+    expected = dict(expected)
     for text in measured:
         name, _, number = text.partition("=")
         if name not in expected:
@@ -73,4 +71,14 @@ def loss_slots(
             expected[name] = float(number)
         except ValueError:
             raise ConfigError(f"train.expected_targets: {text!r} is not NAME=NUMBER, as in 'caption=11.5'") from None
-    return target_slots(expected, samples)
+    return expected
+
+
+def loss_slots(
+    modalities: ModalitySet, masking: Masking, tasks: tuple[str, ...], samples: int, measured: Sequence[str] = ()
+) -> dict[str, int]:
+    """Static rows of the loss for each output modality, for ``samples`` samples of a device in one pass.
+
+    ``measured`` as in `corrected`.
+    """
+    return target_slots(corrected(expected_targets(modalities, masking, tasks)[0], measured), samples)

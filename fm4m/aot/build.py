@@ -47,6 +47,7 @@ def build(config: Any, topology: topology_lib.Topology) -> Program:
     raw, positions = abstract_batch(modalities, config.train.global_batch, sharding.batch_sharding(mesh))
     step = step_lib.make_step(config, model, modalities, masking, tasks, optimizer, mesh)
     targets, deviations = expected.expected_targets(modalities, masking, tasks)
+    targets = expected.corrected(targets, config.train.expected_targets)
     n, m = masking.input_range[1], masking.target_range[1]
     rows = config.train.global_batch // sharding.batch_parts(mesh) // config.train.accumulation
     outputs = modalities.outputs
