@@ -108,16 +108,26 @@ class Attention(nnx.Module):
             return x
         return norm(x.reshape(*x.shape[:2], -1, self.head_dim), split=True).reshape(x.shape)
 
+    def queries(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, T, D], of the heads of this device."""
+        return self._per_head(self.query_norm, checkpoint_name(self.query(x), "projection"))
+
+    def keys_values(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """context [B, S, D] -> keys and values [B, S, D], of the heads of this device."""
+        key = self._per_head(self.key_norm, checkpoint_name(self.key(context), "projection"))
+        return key, checkpoint_name(self.value(context), "projection")
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
+        """Attention and output projection."""
+        heads = query.shape[-1] // self.head_dim  # of this device
+        return self.out(attention(query, key, value, visibility, heads, self.implementation), joins=True)
+
     def __call__(self, x: jax.Array, context: jax.Array, visibility: Visibility) -> jax.Array:
         """x [B, T, D], context [B, S, D] -> [B, T, D]. A token that sees nothing gets zeros before the output
         projection, as from the reference implementation when nothing at all is visible (where other samples of its
         batch have tokens, it averages their padding instead)."""
         x, context = (enter_split(x),) * 2 if x is context else (enter_split(x), enter_split(context))
-        query = self._per_head(self.query_norm, checkpoint_name(self.query(x), "projection"))
-        key = self._per_head(self.key_norm, checkpoint_name(self.key(context), "projection"))
-        value = checkpoint_name(self.value(context), "projection")
-        heads = query.shape[-1] // self.head_dim  # of this device
-        return self.out(attention(query, key, value, visibility, heads, self.implementation), joins=True)
+        return self.attend(self.queries(x), *self.keys_values(context), visibility)
 
 
 @jax.custom_vjp

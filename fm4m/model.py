@@ -249,25 +249,44 @@ def decode(
     encoded: Encoded,
     tokens: Tokens,
     at_use: AtUse | None = None,
+    own: Visibility | None = None,
 ) -> jax.Array:
     """Runs the decoder on the query tokens [B, M]; returns hidden states [B, M, D] after the decoder's norm.
 
-    The context is the projected encoder output plus the position and modality embedding once more. Every slot sees
-    everything the encoder saw, and of the decoder what `decoder_visibility` says.
+    Every slot sees everything the encoder saw, and of the decoder what ``own`` says, by default `decoder_visibility`.
     """
+    context = decoder_context(params, config, encoded)
+    x = decoder_input(params, config, modalities, tokens)
+    own = decoder_visibility(config, modalities, tokens) if own is None else own
+    cross = all_valid(encoded.valid, x.shape[1])
+    x = _run_layers("decoder", DecoderLayer, params["decoder"], config, at_use, x, context, own, cross)
+    return decoder_output(params, config, x)
+
+
+def decoder_context(params: Params, config: ModelConfig, encoded: Encoded) -> jax.Array:
+    """[B, N, D]: the projected encoder output plus the position and modality embedding once more."""
+    return apply_module(Linear, _context_args(config), params["context_projection"])(encoded.hidden) + encoded.embedding
+
+
+def decoder_input(params: Params, config: ModelConfig, modalities: ModalitySet, tokens: Tokens) -> jax.Array:
+    """[B, M, D]: what the first layer of the decoder gets; a token of a sequence, or the mask token of a grid."""
     group, dtype = params["decoder_embedding"], jnp.dtype(config.dtype)
     modality_table = (params["encoder_embedding"] if config.share_modality_embeddings else group)["modality"]
-    context = apply_module(Linear, _context_args(config), params["context_projection"])(encoded.hidden)
-    context += encoded.embedding
     sequence = _by_modality(modalities.is_sequence, tokens)
     content = take_rows(group["tokens"], tokens.row).astype(dtype)
     content = jnp.where(sequence, content, group["mask_token"].astype(dtype))
-    embedding = _embedding(group, modality_table, config, modalities, tokens)
-    x = _zero_invalid(content, tokens) + embedding
-    own = decoder_visibility(config, modalities, tokens)
-    cross = all_valid(encoded.valid, x.shape[1])
-    x = _run_layers("decoder", DecoderLayer, params["decoder"], config, at_use, x, context, own, cross)
+    return _zero_invalid(content, tokens) + _embedding(group, modality_table, config, modalities, tokens)
+
+
+def decoder_output(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """The decoder's last norm."""
     return apply_module(LayerNorm, _norm_args(config), params["decoder_norm"])(x)
+
+
+def own_logits(params: Params, config: ModelConfig, modalities: ModalitySet, name: str, hidden: jax.Array) -> jax.Array:
+    """float32 [..., vocabulary] of one modality's head for decoder states [..., D]."""
+    start, stop = modalities.output_ranges[modalities.index(name)]
+    return jnp.dot(hidden, head_table(params, config)[start:stop].T.astype(hidden.dtype)).astype(jnp.float32)
 
 
 def decoder_visibility(config: ModelConfig, modalities: ModalitySet, tokens: Tokens) -> Visibility:

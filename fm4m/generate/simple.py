@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm4m import model, sharding
-from fm4m.batch import RawBatch, Tokens, patchify
+from fm4m.batch import RawBatch, Tokens
+from fm4m.generate import canvas
 from fm4m.modalities import FIRST_SENTINEL_ID, PAD_ID, ModalitySet
 
 
@@ -31,39 +32,8 @@ def visible_tokens(
       Tokens [B, N] with N the sum of the inputs' maximal lengths, the valid ones first; and the dense vectors
       (`PackedBatch.dense`) of the continuous inputs, zeros for those that are not shown.
     """
-    rows, index, positions, valid = [], [], [], []
-    for name in inputs:
-        m, i = modalities[name], modalities.index(name)
-        cells = jnp.arange(m.max_tokens, dtype=jnp.int32)
-        if m.discrete:
-            codes = raw.tokens[:, modalities.slot_offset[name] :][:, : m.max_tokens]
-            row = codes.astype(jnp.int32) + modalities.input_offset[name]
-        else:
-            row = jnp.broadcast_to(cells + modalities.continuous_offset[name], (raw.size, m.max_tokens))
-        rows.append(row)
-        index.append(jnp.full_like(row, i))
-        positions.append(jnp.broadcast_to(cells + modalities.position_offset[name], row.shape))
-        valid.append(cells < raw.length[:, i : i + 1])
-    seen = jnp.concatenate(valid, 1)
-    order = jnp.argsort(~seen, axis=1, stable=True)
-    packed = [jnp.where(seen, jnp.concatenate(parts, 1), 0) for parts in (rows, index, positions)]
-    tokens = Tokens(*(jnp.take_along_axis(a, order, 1) for a in (*packed, seen)))
-    dense = {}
-    for name in modalities.continuous:
-        m = modalities[name]
-        if name in inputs and m.kind == "pixels":
-            dense[name] = patchify(jnp.asarray(raw.dense[name]), m.patch_size)
-        elif name in inputs:
-            dense[name] = jnp.pad(jnp.asarray(raw.dense[name]).astype(jnp.float32), ((0, 0), (0, 1), (0, 0)))
-        else:
-            dense[name] = jnp.zeros((raw.size, modalities.continuous_count(name), m.patch_dim), jnp.float32)
-    return tokens, dense
-
-
-def _logits(params, config, modalities: ModalitySet, name: str, hidden: jax.Array) -> jax.Array:
-    """float32 [..., vocabulary] of one modality's head for decoder states [..., D]."""
-    start, stop = modalities.output_ranges[modalities.index(name)]
-    return jnp.dot(hidden, model.head_table(params, config)[start:stop].T.astype(hidden.dtype)).astype(jnp.float32)
+    shown = canvas.from_raw(raw, modalities, inputs)
+    return canvas.encoder_tokens(shown, modalities), shown.dense
 
 
 def _grid(params, config, modalities: ModalitySet, name: str, encoded) -> jax.Array:
@@ -77,7 +47,7 @@ def _grid(params, config, modalities: ModalitySet, name: str, encoded) -> jax.Ar
         jnp.ones(shape, bool),
     )
     hidden = model.decode(params, config, modalities, encoded, query)
-    return jnp.argmax(_logits(params, config, modalities, name, hidden), -1).astype(jnp.int32)
+    return jnp.argmax(model.own_logits(params, config, modalities, name, hidden), -1).astype(jnp.int32)
 
 
 def _sequence(params, config, modalities: ModalitySet, name: str, encoded) -> jax.Array:
@@ -96,7 +66,7 @@ def _sequence(params, config, modalities: ModalitySet, name: str, encoded) -> ja
         )
         hidden = model.decode(params, config, modalities, encoded, prefix)
         last = jax.lax.dynamic_index_in_dim(hidden, t, axis=1, keepdims=False)
-        token = jnp.argmax(_logits(params, config, modalities, name, last), -1).astype(jnp.int32)
+        token = jnp.argmax(model.own_logits(params, config, modalities, name, last), -1).astype(jnp.int32)
         return jax.lax.dynamic_update_index_in_dim(ids, token, t + 1, axis=1)
 
     # An empty sequence as input is one masked span; its target starts with that span's sentinel (4M, masking).
