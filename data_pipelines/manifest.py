@@ -2,6 +2,7 @@
 
     <root>/<split>/manifest.json
     <root>/<split>/<modality>/data-00000-of-00004.arrayrecord ...
+    <root>/<split>/samples.jsonl                              (sets of data_pipelines.prepare)
 
 Record i of every modality belongs to sample i. A record is the raw array: uint16 codes (``tokens``, ``sequence``),
 uint8 [H, W, C] (``pixels``), float16 [n, width] (``embedding``), all little-endian and row-major; an empty record means
@@ -27,6 +28,7 @@ from fm4m.modalities import Modality
 FORMAT = "fm4m token files"
 VERSION = 1
 MANIFEST = "manifest.json"
+SAMPLES = "samples.jsonl"
 
 _DTYPES = {
     "tokens": np.dtype("<u2"),
@@ -94,7 +96,8 @@ def read_manifest(root: str | os.PathLike, split: str) -> dict:
     Returns:
       ``{"format", "version", "modalities": {name: {"modality": Modality.to_dict(), "dtype", "longest", "made_from",
       "files": [{"name", "records", "bytes", "sha256", "keys"}]}}}``; ``longest`` is the largest number of rows in a
-      record, ``keys`` a hash of the sample keys in order.
+      record, ``keys`` a hash of the sample keys in order. Sets of `data_pipelines.prepare` have also ``"samples":
+      {"bytes", "sha256", "made_from"}``: the list of their samples (`data_pipelines.records.read_samples`).
 
     Raises:
       FileNotFoundError: there is none. ValueError: it is something else or from a newer version.

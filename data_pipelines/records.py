@@ -12,11 +12,12 @@ import bisect
 import concurrent.futures
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -24,6 +25,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from data_pipelines.manifest import (
     FORMAT,
     MANIFEST,
+    SAMPLES,
     VERSION,
     alignment,
     check_aligned,
@@ -116,7 +118,7 @@ class Records:
     def __getitem__(self, index: int) -> np.ndarray:
         shard, position = self._locate(index)
         try:
-            return decode(self._reader(shard).read([position])[0], self.modality)
+            return decode(self._reader(shard).read(position, position + 1)[0], self.modality)
         except (RuntimeError, IndexError, OSError, ValueError) as error:
             path = self.folder / self._files[shard]["name"]
             gone = "" if path.is_file() else " (the file has vanished)"
@@ -156,22 +158,67 @@ def verify(root: str | os.PathLike, split: str) -> dict[str, int]:
     """
     manifest, folder = read_manifest(root, split), pathlib.Path(root) / split
     entries = manifest["modalities"]
-    for name in sorted(set(os.listdir(folder)) - set(entries) - {MANIFEST}):
+    own = {MANIFEST, SAMPLES} if "samples" in manifest else {MANIFEST}
+    for name in sorted(set(os.listdir(folder)) - set(entries) - own):
         raise ValueError(
             f"{folder / name} is not in the manifest: delete it (foreign, or left by an interrupted write)"
         )
     check_aligned(folder, entries, list(entries))
+    if "samples" in manifest:
+        _verify_samples(folder, manifest)
     counts = {}
     for name, entry in entries.items():
         records = Records(root, split, Modality.from_dict(entry["modality"]), manifest)
         for file in entry["files"]:
-            if _sha256(folder / name / file["name"]) != file["sha256"]:
+            if sha256(folder / name / file["name"]) != file["sha256"]:
                 raise ValueError(f"{folder / name / file['name']}: its contents have changed: {records._mend}")
         for i in range(len(records)):
             if fault := problem(records[i], records.modality):
                 raise ValueError(f"{records.where(i)}: modality {name!r} {fault}. {records._mend}")
         counts[name] = len(records)
     return counts
+
+
+def read_samples(root: str | os.PathLike, split: str) -> Iterator[dict]:
+    """The samples of a set that `data_pipelines.prepare` made, in the order of the records.
+
+    Returns:
+      Of every record ``{"key", "sample", "row", "crop", "size"}``: the record's key, the key of its sample in the
+      source, the row of the sample's crop settings, that row ([top, left, height, width, flip] in pixels), and the
+      picture's [height, width]. The last two are None for samples without a picture.
+
+    Raises:
+      FileNotFoundError, ValueError: the set has no such list, or it is not the one that the manifest means.
+    """
+    manifest, path = read_manifest(root, split), pathlib.Path(root) / split / SAMPLES
+    if "samples" not in manifest:
+        raise ValueError(f"{path.parent} has no list of samples: it was not written by data_pipelines.prepare")
+    if not path.is_file() or path.stat().st_size != manifest["samples"]["bytes"]:
+        raise ValueError(f"{path} is missing or has changed: copy {path.parent} again")
+    return _json_lines(path)
+
+
+def _json_lines(path: pathlib.Path) -> Iterator[dict]:
+    with path.open() as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _verify_samples(folder: pathlib.Path, manifest: Mapping) -> None:
+    samples = (sample["key"] for sample in read_samples(folder.parent, folder.name))
+    if sha256(folder / SAMPLES) != manifest["samples"]["sha256"]:
+        raise ValueError(f"{folder / SAMPLES}: its contents have changed: copy {folder} again")
+    for records, expected in alignment(next(iter(manifest["modalities"].values()))):
+        if hash_keys(itertools.islice(samples, records)) != expected:
+            raise ValueError(f"{folder / SAMPLES} does not list the samples of the token files: copy {folder} again")
+
+
+def hash_keys(keys: Iterable[str]) -> str:
+    """The hash of a file's sample keys, in order, by which modalities prove that they are aligned."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(key.encode() + b"\n")
+    return digest.hexdigest()
 
 
 # ---- writing
@@ -205,7 +252,7 @@ def write_modality(
     Raises:
       ValueError: the modality exists, keys or counts differ, or an array does not fit the modality (naming its key).
     """
-    present = _present(root, split, modality, overwrite)
+    present = other_modalities(root, split, modality, overwrite)
     folder = pathlib.Path(root) / split
     if shards is None:
         shards = 1 + max(len(keys) - 1, 0) // SAMPLES_PER_FILE
@@ -214,10 +261,7 @@ def write_modality(
     bounds = [len(keys) * k // shards for k in range(shards + 1)]
     files = []
     for start, end in itertools.pairwise(bounds):
-        digest = hashlib.sha256()
-        for key in keys[start:end]:
-            digest.update(key.encode() + b"\n")
-        files.append({"records": end - start, "keys": digest.hexdigest()})
+        files.append({"records": end - start, "keys": hash_keys(keys[start:end])})
     for name in present:
         check_aligned(folder, {**present, modality.name: {"files": files}}, [name, modality.name])
     _write(folder, modality, samples, lambda i: f"sample {i} (key {keys[i]!r})", files, made_from)
@@ -237,7 +281,7 @@ def derive_modality(
 
     Aligned by construction; otherwise like `write_modality`.
     """
-    present = _present(root, split, modality, overwrite)
+    present = other_modalities(root, split, modality, overwrite)
     manifest = read_manifest(root, split)
     for name in reads:
         if name not in present:
@@ -249,8 +293,8 @@ def derive_modality(
     _write(pathlib.Path(root) / split, modality, samples, sources[0].where, files, made_from)
 
 
-def _present(root, split: str, modality: Modality, overwrite: bool) -> dict:
-    """The manifest's other modalities; checks that this one may be written."""
+def other_modalities(root, split: str, modality: Modality, overwrite: bool) -> dict:
+    """The manifest's entries of the other modalities; ValueError if this one may not be written."""
     folder = pathlib.Path(root) / split
     if not modality.name or modality.name.startswith(".") or "/" in modality.name or modality.name == MANIFEST:
         raise ValueError(f"modality {modality.name!r}: the name cannot be that of a folder")
@@ -269,25 +313,38 @@ def _write(folder: pathlib.Path, modality: Modality, samples, where, files: list
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    entry = {
+    enter(folder, {modality.name: (beside, entry_of(modality, longest, made_from, files))})
+
+
+def entry_of(modality: Modality, longest: int, made_from: Mapping | None, files: Sequence[Mapping]) -> dict:
+    """A modality's entry in the manifest."""
+    return {
         "modality": modality.to_dict(),
         "dtype": dtype_of(modality).name,
         "longest": longest,
         "made_from": dict(made_from or {}),
-        "files": files,
+        "files": list(files),
     }
+
+
+def enter(folder: pathlib.Path, written: Mapping[str, tuple[pathlib.Path, dict]], samples: Mapping | None = None):
+    """Moves folders of files to their places and enters them in the manifest, all modalities at once."""
     with locked(folder):
         manifest = {"format": FORMAT, "version": VERSION, "modalities": {}}
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder.parent, folder.name)
-        manifest["modalities"][modality.name] = entry
-        target, old = folder / modality.name, folder / f".{modality.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(beside, target)
+        if samples is not None:
+            manifest["samples"] = dict(samples)
+        for name, (beside, entry) in written.items():
+            manifest["modalities"][name] = entry
+            target, old = folder / name, folder / f".{name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(beside, target)
         write_manifest(folder, manifest)
-        shutil.rmtree(old, ignore_errors=True)
+        for name in written:
+            shutil.rmtree(folder / f".{name}.old", ignore_errors=True)
 
 
 def _write_files(folder: pathlib.Path, modality: Modality, samples, where, files: list[dict]) -> int:
@@ -304,7 +361,7 @@ def _write_files(folder: pathlib.Path, modality: Modality, samples, where, files
             writer.write(np.ascontiguousarray(array, dtype_of(modality)).tobytes())
             longest, index = max(longest, len(array)), index + 1
         writer.close()
-        file["bytes"], file["sha256"] = path.stat().st_size, _sha256(path)
+        file["bytes"], file["sha256"] = path.stat().st_size, sha256(path)
     total = sum(f["records"] for f in files)
     if index != total or next(samples, None) is not None:
         count = f"only {index}" if index != total else f"more than {total}"
@@ -312,7 +369,8 @@ def _write_files(folder: pathlib.Path, modality: Modality, samples, where, files
     return longest
 
 
-def _sha256(path: pathlib.Path) -> str:
+def sha256(path: pathlib.Path) -> str:
+    """Hexadecimal hash of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,0 +1,1 @@
+"""Preparation: from pictures and captions to the token files that training reads."""
