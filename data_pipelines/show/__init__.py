@@ -1,0 +1,1 @@
+"""Looking at a set before training: ``python -m data_pipelines.show NAME``, see `data_pipelines.show.__main__`."""
