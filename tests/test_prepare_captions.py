@@ -50,10 +50,10 @@ def test_wrong_encodings_name_the_byte():
 
 def test_empty_and_several():
     assert unusable(captions.parse_text, b" \r\n\t", "a.txt").reason == "caption_empty"
-    assert unusable(captions.parse_text, b"", "a.txt", lines=True).reason == "caption_empty"
+    assert unusable(captions.parse_text, b"", "a.txt", lines="each").reason == "caption_empty"
     assert unusable(captions.parse_text, b"\xef\xbb\xbf", "a.txt").reason == "caption_empty"
     assert unusable(captions.parse_json, b"[]", "a.json").reason == "caption_empty"
-    assert captions.parse_text(b"one\r\n\r\ntwo\n", "a.txt", lines=True) == (
+    assert captions.parse_text(b"one\r\n\r\ntwo\n", "a.txt", lines="each") == (
         ["one", "two"],
         ("empty_captions: 1 of 3",),
     )
@@ -87,6 +87,9 @@ def test_shapes_of_json(value):
 def test_unexpected_json(data, found):
     error = unusable(captions.parse_json, data, "a.json")
     assert error.reason == "caption_shape" and found in str(error)
+    assert captions.parse_text(b"A cat.\nUne chatte.\n", "a.txt", lines="first") == (["A cat."], ())
+    with pytest.raises(ValueError, match="'last' must be one of 'whole', 'each', 'first'"):
+        captions.check_lines("last")
 
 
 def test_json_that_no_file_can_hold(monkeypatch):

@@ -118,7 +118,7 @@ def decode_field(
     aligned: bool = False,
     max_pixels: int = images.MAX_PIXELS,
     depth_unit: float = 0.001,
-    caption_lines: bool = False,
+    caption_lines: str = "whole",
     fallback: str | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The value of a member, by the field it belongs to and its extension (".jpg", ".npy", ".json.gz").

@@ -25,6 +25,8 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 FALLBACKS = ("cp1252", "latin-1")
+# What of a .txt file is a caption.
+LINES = ("whole", "each", "first")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -77,19 +79,27 @@ def decode_text(data: bytes, name: str, *, fallback: str | None = None) -> tuple
     return text, notes
 
 
-def parse_text(
-    data: bytes, name: str, *, lines: bool = False, aligned: bool = False, fallback: str | None = None
-) -> tuple[list[str], tuple[str, ...]]:
-    """Captions of a .txt file: its whole text, or one caption a line.
+def check_lines(lines: str) -> str:
+    """Returns the choice. Raises ValueError for one that `parse_text` does not know."""
+    if lines not in LINES:
+        raise ValueError(f"caption_lines = {lines!r} must be one of {', '.join(map(repr, LINES))}")
+    return lines
 
-    Args: as `parse_json`; lines: every line is a caption of its own.
+
+def parse_text(
+    data: bytes, name: str, *, lines: str = "whole", aligned: bool = False, fallback: str | None = None
+) -> tuple[list[str], tuple[str, ...]]:
+    """Captions of a .txt file.
+
+    Args: as `parse_json`; lines: "whole", the text is one caption; "each", every line is one; "first", the first line
+      is the caption, and what follows is something else.
 
     Returns: captions without spaces at their ends, and notes.
 
     Raises: Unusable, reasons ``caption_encoding`` and ``caption_empty``.
     """
     text, notes = decode_text(data, name, fallback=fallback)
-    rows = text.strip().splitlines() if lines else [text]
+    rows = [text] if lines == "whole" else text.strip().splitlines()[: 1 if lines == "first" else None]
     rows, more = clean(rows, name, aligned=aligned)
     return rows, notes + more
 

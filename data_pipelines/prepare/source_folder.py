@@ -25,7 +25,7 @@ class FolderSource:
       key_column, caption_column, delimiter: of the table. Its keys are paths below the folder, with or without suffix,
         or bare names where these are unique; several rows of a picture are several captions. The delimiter is a tab in
         .tsv and a comma otherwise.
-      caption_lines: every line of a .txt file is a caption of its own.
+      caption_lines: what of a .txt file is a caption: its "whole" text, "each" line, or the "first".
       encoding_fallback: "cp1252" or "latin-1" for captions that are not UTF-8; None refuses them.
       max_pixels: as `images.decode_image`.
 
@@ -40,7 +40,7 @@ class FolderSource:
         key_column: str = "image",
         caption_column: str = "caption",
         delimiter: str | None = None,
-        caption_lines: bool = False,
+        caption_lines: str = "whole",
         encoding_fallback: str | None = None,
         max_pixels: int = images.MAX_PIXELS,
     ):
@@ -48,7 +48,7 @@ class FolderSource:
         if not os.path.isdir(self._root):
             raise FileNotFoundError(f"{printable(path)} is no folder; expected one with pictures in it")
         caption_files.check_fallback(encoding_fallback)
-        self._max_pixels, self._lines = images.check_max_pixels(max_pixels), caption_lines
+        self._max_pixels, self._lines = images.check_max_pixels(max_pixels), caption_files.check_lines(caption_lines)
         self._fallback = encoding_fallback
         self._options = {
             "captions": "beside" if captions == "beside" else "table" if captions else "none",

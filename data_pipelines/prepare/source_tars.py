@@ -46,7 +46,7 @@ class TarSource:
         names: Mapping[str, str | None] | None = None,
         fields: Sequence[str] | None = None,
         required: Sequence[str] = ("rgb",),
-        caption_lines: bool = False,
+        caption_lines: str = "whole",
         encoding_fallback: str | None = None,
         max_pixels: int = images.MAX_PIXELS,
         depth_unit: float = 0.001,
@@ -55,7 +55,7 @@ class TarSource:
         self._decode = {
             "max_pixels": images.check_max_pixels(max_pixels),
             "depth_unit": depth_unit,
-            "caption_lines": caption_lines,
+            "caption_lines": captions.check_lines(caption_lines),
             "fallback": encoding_fallback,
         }
         self._names, self._required = dict(names or {}), tuple(required)
