@@ -28,6 +28,7 @@ class MadeUp:
     def __init__(self, count: int = 40, pause: float = 0.0, dies: str = "", prefix: str = "s"):
         self.keys = [f"{prefix}{i:03d}" for i in range(count)]
         self.problems = [Problem("stray.txt", "no_picture", "stray.txt: a caption file without a picture beside it.")]
+        self.fields = ("rgb", "depth", "caption", "det", "tok_x")  # no sample has the last
         self._pause, self._dies = pause, dies
 
     def describe(self) -> dict:

@@ -49,7 +49,8 @@ def test_the_cached_decoder_gives_what_the_whole_prefix_gives(generator):
     ids = np.array([[S1, 220, 230, 211, 9], [S1, 233, 221, 8, 8]])
     rows, at = ids + SET.output_offset["caption"], SET.index("caption")
     place = np.broadcast_to(np.arange(5) + SET.position_offset["caption"], ids.shape)
-    query = Tokens(*(jnp.asarray(x, jnp.int32) for x in (rows, np.full_like(ids, at), place)), jnp.ones(ids.shape, bool))
+    numbers = (jnp.asarray(x, jnp.int32) for x in (rows, np.full_like(ids, at), place))
+    query = Tokens(*numbers, jnp.ones(ids.shape, bool))
     params = generator.params
     encoded = model.encode(params, CONFIG, SET, encoder_tokens(canvas, SET), canvas.dense)
     whole = model.decode(params, CONFIG, SET, encoded, query)

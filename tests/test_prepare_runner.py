@@ -313,6 +313,8 @@ def test_wrong_configurations_end_at_once_and_say_why(tmp_path):
     nowhere = {"t": {"make": "stored_codes", "input": "tok_x", "vocab_size": 4, "grid": (2, 2)}}
     with pytest.raises(ConfigError, match=r"modalities\.t: not one sample has it \(\{'field_missing': 15\}\)"):
         prepare(tmp_path / "b", source=MadeUp(16), modalities=nowhere)
+    with pytest.raises(ConfigError, match=r"modalities\.t: no sample of the source has 'tok_y'; there are rgb, depth"):
+        prepare(tmp_path / "d", source=MadeUp(16), modalities={"t": nowhere["t"] | {"input": "tok_y"}})
     missing = {"t": {"make": "codes", "tokenizer": "nowhere.safetensors"}}
     with pytest.raises(ConfigError, match=r"modalities\.t: there is no tokenizer file nowhere"):
         prepare(tmp_path / "c", source=MadeUp(16), modalities=missing)

@@ -1,8 +1,8 @@
-"""Tokenizer objects and files: configuration, preprocessing, encode/decode, save/load, what is refused."""
+"""Tokenizer objects and files: preprocessing, encode/decode, save/load, what is refused."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 
 import jax
@@ -12,6 +12,7 @@ from fixtures import FIXTURES
 
 from fm4m.tokenizers import io, preprocess, reconstruction, vqvae_model
 from fm4m.tokenizers.config import DOMAINS, VQConfig
+from fm4m.tokenizers.diffusion_config import DiffusionConfig
 from fm4m.tokenizers.tokenizer import Tokenizer
 from fm4m.transforms.images import standardise_depth
 
@@ -21,11 +22,24 @@ SMALL = {
 }  # fmt: skip
 
 
+# Codes of the shipped tokenizers for `test_shipped_tokenizers_give_the_codes_they_gave`.
+SHIPPED = {
+    "rgb": (492, 777, 717, 335, 577, 826, 640, 743, 586, 887, 450, 492),
+    "depth": (95, 110, 36, 39, 27, 43, 18, 109, 26, 18, 82, 27),
+    "normal": (93, 59, 59, 13, 93, 90, 13, 59, 74, 13, 33, 26),
+    "semseg": (58, 39, 94, 28, 111, 71, 104, 28, 111, 28, 111, 101),
+    "features": (1000, 1000, 1000, 648, 1000, 1000, 1000, 581, 1000, 730, 581, 1000),
+}
+
+
 def small_config(domain: str) -> VQConfig:
     if domain == "features":
         return VQConfig(domain, (2, 4), 1, 12, **SMALL)
+    if domain == "vector":
+        coded = {"encoder": "mlp", "decoder": "mlp", "quantizer": "memcodes", "num_codebooks": 4}
+        return VQConfig(domain, (1, 1), 1, 12, **SMALL, **coded)
     extra = {"num_classes": 5, "palette": [(i, 2 * i, 3 * i) for i in range(5)]} if domain == "semseg" else {}
-    return VQConfig(domain, (16, 32), 8, 1 if domain in ("depth", "semseg") else 3, **extra, **SMALL)
+    return VQConfig(domain, (16, 32), 8, 3 if domain in ("rgb", "normal") else 1, **extra, **SMALL)
 
 
 def small_array(config: VQConfig, count: int = 3) -> np.ndarray:
@@ -33,35 +47,42 @@ def small_array(config: VQConfig, count: int = 3) -> np.ndarray:
     shape = (count, *config.array_shape)
     if config.domain == "depth":
         return rng.uniform(0.5, 9.0, shape).astype(np.float32)
-    if config.domain == "features":
+    if config.domain in ("features", "vector"):
         return rng.normal(2.0, 3.0, shape).astype(np.float32)
+    if config.domain == "mask":
+        return rng.integers(0, 2, shape, dtype=np.uint8)
     return rng.integers(0, config.num_classes or 256, shape, dtype=np.uint8)
 
 
-@functools.cache
-def initial(domain: str) -> tuple[dict, dict]:
-    return jax.jit(functools.partial(vqvae_model.init_with_codebook, small_config(domain)))(jax.random.key(0))
-
-
-def small_tokenizer(domain: str) -> Tokenizer:
-    config = small_config(domain)
-    params, codebook = jax.tree.map(lambda leaf: leaf, initial(domain))  # new dicts: a test may change them
-    stats = preprocess.feature_stats(small_array(config, 9)) if domain == "features" else {}
+def small_tokenizer(domain: str, config: VQConfig | None = None) -> Tokenizer:
+    """Random weights, without a compilation."""
+    config, rng = config or small_config(domain), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: vqvae_model.init_with_codebook(config, key), jax.random.key(0))
+    params, codebook = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.3, shapes)
+    stats = preprocess.feature_stats(small_array(config, 9)) if domain in ("features", "vector") else {}
     return Tokenizer(config, params, codebook, stats)
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
+def some_fast(*fast: str) -> list:
+    """All domains; those whose programs differ little from another's are slow tests, as each is compiled anew."""
+    return [pytest.param(domain, marks=() if domain in fast else pytest.mark.slow) for domain in DOMAINS]
+
+
+@pytest.mark.parametrize("domain", some_fast("depth", "semseg", "features", "vector"))
 def test_encode_decode_picture_and_file(domain, tmp_path):
     tokenizer = small_tokenizer(domain)
     array = small_array(tokenizer.config)
-    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.grid) == (domain, 24, (2, 4))
+    vector = domain == "vector"
+    assert (tokenizer.name, tokenizer.vocab_size) == (domain, 24)
+    assert (tokenizer.grid, tokenizer.num_tokens) == (((1, 1), 4) if vector else ((2, 4), 8))
     codes = tokenizer.encode(array)
-    assert (codes.shape, codes.dtype) == ((3, 8), np.int32)
+    assert (codes.shape, codes.dtype) == ((3, tokenizer.num_tokens), np.int32)
     decoded = tokenizer.decode(codes)
     assert decoded.shape == array.shape
     assert decoded.dtype == array.dtype
     picture = tokenizer.to_picture(decoded)
-    assert (picture.shape, picture.dtype) == ((3, *tokenizer.config.image_size, 3), np.uint8)
+    size = (4, 4) if vector else tokenizer.config.image_size
+    assert (picture.shape, picture.dtype) == ((3, *size, 3), np.uint8)
 
     path = tmp_path / "sub" / f"{domain}.safetensors"
     io.save(path, tokenizer)
@@ -86,6 +107,57 @@ def test_batches_do_not_change_results(monkeypatch):
     np.testing.assert_array_equal(tokenizer.decode(codes)[3:6], tokenizer.decode(codes[3:6]))
     assert tokenizer.encode(array[:0]).shape == (0, 8)
     assert tokenizer.decode(codes[:0]).shape == (0, 16, 32, 3)
+
+
+def test_other_sizes():
+    tokenizer = small_tokenizer("rgb")
+    array = np.random.default_rng(0).integers(0, 256, (2, 24, 8, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"expects arrays \[batch, 16, 32, 3\]"):
+        tokenizer.encode(array)
+    codes = tokenizer.encode(array, grid=(3, 1))
+    assert codes.shape == (2, 3)
+    decoded = tokenizer.decode(codes, grid=(3, 1))
+    assert decoded.shape == array.shape and tokenizer.to_picture(decoded).shape == array.shape
+    with pytest.raises(ValueError, match=r"\[batch, 6\] \(a 3x2 grid\)"):
+        tokenizer.decode(codes, grid=(3, 2))
+    with pytest.raises(ValueError, match="leave out steps"):
+        tokenizer.decode(codes, grid=(3, 1), steps=5)
+
+
+def test_diffusion_decoder_is_seeded_and_rows_have_their_own_noise(monkeypatch):
+    """The denoiser itself is tested elsewhere; here it is noise around the rows."""
+
+    def decode(config, params, rows, key, grid=None, steps=None):
+        noise = jax.random.normal(key, (len(rows), 8 * grid[0], 8 * grid[1], 3))
+        return 0.3 * noise / (steps or 1) + 0.1 * rows.mean()
+
+    monkeypatch.setattr("fm4m.tokenizers.divae_model.decode", decode)
+    monkeypatch.setattr("fm4m.tokenizers.tokenizer.MAX_CHUNK", 2)
+    unet = {"channels": 32, "channel_mult": (1,), "res_blocks": 1, "attention_downsamples": ()}
+    diffusion = DiffusionConfig(unet=unet)
+    tokenizer = small_tokenizer("rgb", dataclasses.replace(small_config("rgb"), decoder="unet", diffusion=diffusion))
+    codes = np.zeros((3, 8), np.int32)
+    arrays = tokenizer.decode(codes)
+    assert arrays.shape == (3, 16, 32, 3) and arrays.dtype == np.uint8
+    np.testing.assert_array_equal(arrays, tokenizer.decode(codes))
+    np.testing.assert_array_equal(arrays[:1], tokenizer.decode(codes[:1]))
+    assert (arrays[0] != arrays[1]).mean() > 0.5 and (arrays[1] != arrays[2]).mean() > 0.5
+    assert (arrays != tokenizer.decode(codes, seed=1)).mean() > 0.5
+    assert tokenizer.decode(codes, steps=100).std() < 0.2 * arrays.std()
+
+
+@pytest.mark.parametrize("domain", some_fast("semseg", "features")[:5])
+def test_shipped_tokenizers_give_the_codes_they_gave(domain, request):
+    """Files of the first format; the first codes of two noise images, by the program that wrote the files."""
+    path = request.config.rootpath / "data_pipelines" / "rooms" / "tokenizers" / f"{domain}.safetensors"
+    tokenizer = io.load(path)
+    rng = np.random.default_rng(0)
+    shape = (2, *tokenizer.config.array_shape)
+    if domain in ("depth", "features"):
+        array = rng.normal(2.0, 0.5, shape).astype(np.float32)
+    else:
+        array = rng.integers(0, tokenizer.config.num_classes or 256, shape, dtype=np.uint8)
+    np.testing.assert_array_equal(tokenizer.encode(array)[:, :6].ravel(), SHIPPED[domain])
 
 
 def test_codes_are_row_major():
@@ -119,6 +191,8 @@ def test_decode_refuses(codes, message):
         ("rgb", np.zeros((1, 16, 32, 3), np.float32), "expects uint8 arrays, got float32"),
         ("depth", np.full((1, 16, 32), np.inf, np.float32), "not finite"),
         ("semseg", np.full((1, 16, 32), 5, np.uint8), "class id 5 but only ids below 5"),
+        ("mask", np.zeros((1, 16, 32, 1), np.uint8), r"expects arrays \[batch, 16, 32\]"),
+        ("vector", np.zeros((1, 12), np.int32), "expects float arrays, got int32"),
     ],
 )
 def test_encode_refuses(domain, array, message):
@@ -193,38 +267,6 @@ def test_save_refuses_what_float16_cannot_hold(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_config_json_round_trip(domain):
-    config = small_config(domain)
-    assert VQConfig.from_json(config.to_json()) == config
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"colour": 1}, "unknown key.*colour"),
-        ({"domain": "sound"}, "'sound' is not one of"),
-        ({"patch_size": 7}, "divisible by patch_size 7"),
-        ({"encoder_heads": 3}, "divisible by encoder_heads 3"),
-        ({"channels": 4}, "must be 3 for rgb"),
-        ({"num_classes": 4}, "num_classes = 4 must be 0"),
-        ({"domain": "semseg", "channels": 1}, "must be 2..256"),
-        ({"domain": "semseg", "channels": 1, "num_classes": 2, "palette": [[0, 0, 300], [1, 1, 1]]}, "palette"),
-    ],
-)
-def test_config_refuses(change, message):
-    values = json.loads(small_config("rgb").to_json())
-    with pytest.raises(ValueError, match=message):
-        VQConfig.from_dict({**values, **change})
-
-
-def test_config_names_missing_keys_and_bad_json():
-    with pytest.raises(ValueError, match="lacks image_size, channels"):
-        VQConfig.from_dict({"domain": "rgb", "patch_size": 8})
-    with pytest.raises(ValueError, match="not JSON"):
-        VQConfig.from_json("{")
-
-
 def test_depth_standardisation_matches_reference():
     if FIXTURES is None:
         pytest.skip("the arrays written by the reference implementation are not beside this checkout")
@@ -254,11 +296,11 @@ def test_normals_flip_and_unit_length():
     np.testing.assert_allclose(np.linalg.norm(decoded, axis=-1), 1.0, atol=0.02)
 
 
-@pytest.mark.parametrize("domain", ["rgb", "features"])
+@pytest.mark.parametrize("domain", ["rgb", "features", "edges", "mask", "vector"])
 def test_input_output_are_inverse(domain):
     config = small_config(domain)
     array = small_array(config)
-    stats = preprocess.feature_stats(array) if domain == "features" else {}
+    stats = preprocess.feature_stats(array) if domain in ("features", "vector") else {}
     back = preprocess.from_output(config, stats, preprocess.to_input(config, stats, array))
     np.testing.assert_allclose(back, array, rtol=1e-4, atol=1e-4)
 
@@ -272,6 +314,20 @@ def test_pictures():
     assert picture[0, 0, 0, 0] > picture[0, 0, 0, 2]  # near is red
     assert picture[0, 0, -1, 2] > picture[0, 0, -1, 0]  # far is blue
     assert len(np.unique(preprocess.default_palette(48), axis=0)) == 48
+    mask = small_tokenizer("mask").to_picture(np.eye(16, 32, dtype=bool)[None])
+    assert set(mask[0, 3, 2:5, 0]) == {0, 255}
+    vector = small_tokenizer("vector")
+    grey = vector.to_picture(np.tile(vector.stats["mean"], (1, 1)).astype(np.float32))
+    assert set(grey[0].ravel()) == {0, 128}  # the mean is middle grey; 12 numbers leave 4 cells of a square empty
+
+
+def test_vectors_cannot_be_mirrored_and_masks_are_yes_or_no():
+    with pytest.raises(ValueError, match="cannot be mirrored"):
+        preprocess.flip(small_config("vector"), np.zeros((1, 12)))
+    x = preprocess.to_input(small_config("mask"), {}, np.array([[[0, 1, 255]]], np.uint8))
+    np.testing.assert_array_equal(x, [[[[-1.0], [1.0], [1.0]]]])
+    few = preprocess.feature_stats(np.random.default_rng(0).normal(size=(50, 2)))
+    assert few["pca"].shape == (2, 3) and not few["pca"][:, 2].any()
 
 
 def test_feature_statistics():
@@ -293,3 +349,11 @@ def test_reconstruction_measures():
     miou, accuracy = reconstruction.segmentation(target, prediction, 5)
     assert (miou, accuracy) == (pytest.approx((2 / 3 + 1 / 2) / 2), 0.75)
     assert reconstruction.cosine(rgb, 2.0 * rgb) == pytest.approx(1.0)
+    yes = np.array([[[1, 1, 0]], [[0, 0, 0]]])
+    assert reconstruction.measure(small_config("mask"), {}, yes, np.array([[[0, 9, 0]], [[0, 0, 0]]])) == {"iou": 0.75}
+    vectors = np.random.default_rng(0).normal(size=(4, 12))
+    stats = {"mean": np.zeros(12), "std": np.full(12, 2.0)}
+    numbers = reconstruction.measure(small_config("vector"), stats, vectors, vectors + 1.0)
+    assert numbers["rmse"] == pytest.approx(0.5) and numbers["cosine"] < 1
+    edges = small_array(small_config("edges"))
+    assert reconstruction.measure(small_config("edges"), {}, edges // 2, edges // 2 + 10)["psnr_db"] > 28

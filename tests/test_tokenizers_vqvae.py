@@ -1,217 +1,176 @@
-"""The ViT VQ-VAE and its codebook: parity with the reference implementation, and the codebook's rules."""
+"""The deterministic tokenizers' networks: patches, positions for any grid, every kind of input, dtypes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import FIXTURES
 
-from fm4m.tokenizers import quantize, vqvae_model
+from fm4m.positions import grid_positions
+from fm4m.tokenizers import mlp, vit, vqvae_model
 from fm4m.tokenizers.config import VQConfig
 
-REFERENCE = VQConfig(
-    "rgb", (64, 64), 8, 3, codebook_size=128, latent_dim=16, norm_latents=True, encoder_dim=64, encoder_depth=2,
-    encoder_heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=4, out_conv=True,
-)  # fmt: skip
+SMALL = {
+    "codebook_size": 16, "latent_dim": 8, "encoder_dim": 16, "encoder_depth": 1, "encoder_heads": 2, "decoder_dim": 12,
+    "decoder_depth": 2, "decoder_heads": 3,
+}  # fmt: skip
 
 
-def reference_params(weights: dict[str, np.ndarray]) -> tuple[dict, dict]:
-    """Parameters and codebook of the `vqvae_rgb` case in the layout of `vqvae_model`."""
-
-    def linear(name):
-        kernel = weights[f"{name}.weight"]
-        return {"kernel": kernel.reshape(kernel.shape[0], -1).T, "bias": weights[f"{name}.bias"]}
-
-    def norm(name):
-        return {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
-
-    def mlp(name):
-        return {"fc1": linear(f"{name}.fc1"), "fc2": linear(f"{name}.fc2")}
-
-    def block(name):
-        return {
-            "norm1": norm(f"{name}.norm1"),
-            "attn": {"qkv": linear(f"{name}.attn.qkv"), "proj": linear(f"{name}.attn.proj")},
-            "norm2": norm(f"{name}.norm2"),
-            "mlp": mlp(f"{name}.mlp"),
-        }
-
-    def vit(side):
-        blocks = jax.tree.map(lambda *leaves: np.stack(leaves), *[block(f"{side}.blocks.{i}") for i in range(2)])
-        return {"blocks": blocks, "norm_mlp": norm(f"{side}.norm_mlp"), "post_mlp": mlp(f"{side}.post_mlp")}
-
-    def convnext(name):
-        depthwise = {"kernel": weights[f"{name}.dwconv.weight"].transpose(2, 3, 1, 0)}
-        return {
-            "dwconv": {**depthwise, "bias": weights[f"{name}.dwconv.bias"]},
-            "norm": norm(f"{name}.norm"),
-            "pwconv1": linear(f"{name}.pwconv1"),
-            "pwconv2": linear(f"{name}.pwconv2"),
-            "gamma": weights[f"{name}.gamma"],
-        }
-
-    decoder = {"out_proj": linear("decoder.out_proj")}
-    decoder["out_conv"] = {str(i): convnext(f"decoder.out_conv.{i}") for i in range(2)}
-    params = {
-        "encoder": {"proj": linear("encoder.proj"), **vit("encoder")},
-        "quant_proj": linear("quant_proj"),
-        "post_quant_proj": linear("post_quant_proj"),
-        "decoder": {**vit("decoder"), **decoder},
-    }
-    return params, {name: weights[f"quantize._codebook.{name}"] for name in ("embed", "cluster_size")}
-
-
-@pytest.fixture(scope="module")
-def case():
-    if FIXTURES is None:
-        pytest.skip("the arrays written by the reference implementation are not beside this checkout")
-    from safetensors.numpy import load_file
-
-    params, codebook = reference_params(load_file(FIXTURES / "parity" / "vqvae_rgb_weights.safetensors"))
-    return params, codebook, np.load(FIXTURES / "parity" / "vqvae_rgb_io.npz")
-
-
-def test_reference_forward(case):
-    params, codebook, io = case
-    image = io["in/image"].transpose(0, 2, 3, 1)
-
-    def tokens(name):
-        return io[f"out/{name}"].transpose(0, 2, 3, 1).reshape(2, 64, -1)
-
-    with jax.default_matmul_precision("highest"):
-        not_normalised = dataclasses.replace(REFERENCE, norm_latents=False)
-        raw = jax.jit(functools.partial(vqvae_model.encode, not_normalised))(params, image)
-        output, _, codes, _ = jax.jit(functools.partial(vqvae_model.forward, REFERENCE))(params, codebook, image)
-    np.testing.assert_allclose(raw, tokens("latent"), atol=5e-5)
-    clear = io["out/code_margin"].reshape(2, -1) > 1e-5
-    assert clear.mean() > 0.99
-    np.testing.assert_array_equal(np.asarray(codes)[clear], io["out/tokens"].reshape(2, -1)[clear])
-    # Rows come back as stored, not normalised again.
-    np.testing.assert_array_equal(quantize.lookup(codebook, codes), tokens("quant"))
-    np.testing.assert_allclose(output, io["out/recon"].transpose(0, 2, 3, 1), atol=5e-5)
-
-
-def test_reference_training_step(case):
-    params, codebook, io = case
-    image = io["in/image"].transpose(0, 2, 3, 1)
-
-    def loss_fn(params):
-        output, latents, codes, commitment = vqvae_model.forward(REFERENCE, params, codebook, image)
-        rebuilt = jnp.mean((output - image) ** 2)
-        return rebuilt + commitment, (rebuilt, commitment, latents, codes)
-
-    with jax.default_matmul_precision("highest"):
-        grads, (rebuilt, commitment, latents, codes) = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
-    np.testing.assert_allclose(rebuilt, io["train/rec_loss"], rtol=1e-5)
-    np.testing.assert_allclose(commitment, io["train/code_loss"][0], rtol=1e-5)
-    norms = dict(zip(io["train/grad_names"], io["train/grad_norms"]))
-    for name, leaf in {
-        "encoder.proj.weight": grads["encoder"]["proj"]["kernel"],
-        "quant_proj.weight": grads["quant_proj"]["kernel"],
-        "decoder.out_proj.weight": grads["decoder"]["out_proj"]["kernel"],
-        "decoder.post_mlp.fc1.bias": grads["decoder"]["post_mlp"]["fc1"]["bias"],
-        "decoder.out_conv.0.gamma": grads["decoder"]["out_conv"]["0"]["gamma"],
-    }.items():
-        np.testing.assert_allclose(np.linalg.norm(leaf), norms[name], rtol=2e-4, err_msg=name)
-    updated = quantize.update(codebook, latents.reshape(-1, 16), codes.reshape(-1))
-    np.testing.assert_allclose(updated["embed"], io["train/embed_after"], atol=1e-6)
-    np.testing.assert_allclose(updated["cluster_size"], io["train/cluster_size_after"], rtol=1e-6)
-
-
-def test_init_matches_reference_shapes(case):
-    params, codebook, _ = case
-    shapes = jax.eval_shape(lambda key: vqvae_model.init_with_codebook(REFERENCE, key), jax.random.key(0))
-    assert jax.tree.map(jnp.shape, (params, codebook)) == jax.tree.map(jnp.shape, shapes)
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def test_patchify_round_trip_and_order():
-    x = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
-    patches = vqvae_model.patchify(x, 4)
+    x = normal(0, 2, 8, 12, 3)
+    patches = vit.patchify(x, 4)
     assert patches.shape == (2, 6, 48)
     np.testing.assert_array_equal(patches[1, 4], x[1, 4:8, 4:8].transpose(2, 0, 1).ravel())  # row 1, column 1
-    np.testing.assert_array_equal(vqvae_model.unpatchify(patches, 4, (2, 3)), x)
+    np.testing.assert_array_equal(vit.unpatchify(patches, 4, (2, 3)), x)
 
 
-def unit_rows(seed: int, *shape: int) -> np.ndarray:
-    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+# ---- positions
 
 
-def test_nearest_is_by_angle_and_lookup_returns_stored_rows():
-    codebook = {"embed": jnp.array([[0.1, 0.0], [0.0, 5.0]]), "cluster_size": jnp.zeros(2)}
-    codes = quantize.nearest(codebook, jnp.array([[3.0, 2.9], [0.1, 0.2]]))
-    np.testing.assert_array_equal(codes, [0, 1])
-    np.testing.assert_array_equal(quantize.lookup(codebook, codes), codebook["embed"])
+def cubic(distance: float) -> float:
+    """The convolution kernel with a = -0.75, by the distance from the sample."""
+    d, a = abs(distance), -0.75
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
 
 
-def test_straight_through_gradient_is_identity_and_commitment_pulls_latents():
-    codebook = {"embed": jnp.array(unit_rows(0, 16, 4)), "cluster_size": jnp.zeros(16)}
-    latents = jnp.array(unit_rows(1, 5, 4) * 2.0)
-    weights = jnp.array(unit_rows(2, 5, 4))
-    grad = jax.grad(lambda x: jnp.sum(quantize.quantize(codebook, x)[0] * weights))(latents)
-    np.testing.assert_allclose(grad, weights, rtol=1e-6)
-    quantised, codes, commitment = quantize.quantize(codebook, latents)
-    np.testing.assert_allclose(quantised, codebook["embed"][codes], atol=1e-6)
-    np.testing.assert_allclose(commitment, np.mean((np.asarray(quantised) - latents) ** 2), rtol=1e-5)
-    pull = jax.grad(lambda x: quantize.quantize(codebook, x)[2])(latents)
-    np.testing.assert_allclose(pull, 2 * (latents - quantised) / latents.size, atol=1e-6)
+def resize_one_by_one(table: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Every output as a sum over the 16 samples around it; samples outside repeat the edge."""
+    height, width, _ = table.shape
+    out = np.zeros((rows, columns, table.shape[2]))
+    for i, j in np.ndindex(rows, columns):
+        y, x = (i + 0.5) * height / rows - 0.5, (j + 0.5) * width / columns - 0.5
+        for k in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
+            for m in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+                sample = table[min(max(k, 0), height - 1), min(max(m, 0), width - 1)]
+                out[i, j] += cubic(y - k) * cubic(x - m) * sample
+    return out
 
 
-def test_update_moves_used_codes_only():
-    codebook = {"embed": jnp.array([[0.9, 0.0], [0.0, 1.0], [-1.0, 0.0]]), "cluster_size": jnp.array([4.0, 2.0, 1.0])}
-    latents = jnp.array([[3.0, 0.0], [0.0, 0.5], [0.0, 7.0]])
-    new = quantize.update(codebook, latents, jnp.array([0, 0, 1]), decay=0.5)
-    diagonal = np.array([1.0, 1.0]) / np.sqrt(2.0)  # the length of a latent has no weight
-    np.testing.assert_allclose(new["embed"][0], 0.5 * np.array([0.9, 0.0]) + 0.5 * diagonal, rtol=1e-6)
-    np.testing.assert_allclose(new["embed"][1:], codebook["embed"][1:], rtol=1e-6)
-    np.testing.assert_allclose(new["cluster_size"], [3.0, 1.5, 0.5])
+@pytest.mark.parametrize(("size", "grid"), [((4, 4), (6, 5)), ((5, 3), (2, 7)), ((1, 2), (3, 3)), ((4, 4), (4, 5))])
+def test_resizing_is_bicubic(size, grid):
+    table = np.random.default_rng(0).normal(size=(*size, 3))
+    np.testing.assert_allclose(vit.resize_bicubic(table, grid), resize_one_by_one(table, *grid), atol=1e-12)
 
 
-def test_restart_replaces_dead_codes_by_latents():
-    codebook = {"embed": jnp.array(unit_rows(0, 4, 3)), "cluster_size": jnp.array([0.1, 2.0, 0.2, 0.5])}
-    latents = jnp.array(5.0 * unit_rows(1, 10, 3))
-    new = quantize.restart_dead(jax.random.key(0), codebook, latents, 0.5)
-    np.testing.assert_array_equal(new["embed"][np.array([1, 3])], codebook["embed"][np.array([1, 3])])
-    np.testing.assert_array_equal(new["cluster_size"], codebook["cluster_size"])
-    for row in (0, 2):
-        assert np.isclose(np.asarray(latents) / 5.0 @ np.asarray(new["embed"][row]), 1.0, atol=1e-5).sum() == 1
-    assert not np.allclose(new["embed"][0], new["embed"][2])
+def test_positions_follow_the_grid():
+    table = grid_positions((4, 4), 8)
+    np.testing.assert_array_equal(vit.positions((4, 4), (4, 4), 8), table.astype(np.float32))
+    resized = resize_one_by_one(table.reshape(4, 4, 8), 2, 6).reshape(12, 8)
+    np.testing.assert_allclose(vit.positions((4, 4), (2, 6), 8), resized, atol=1e-6)
 
 
-def test_kmeans_finds_clusters():
-    centres = unit_rows(0, 8, 16)
-    noise = 0.02 * np.random.default_rng(1).normal(size=(800, 16))
-    latents = jnp.array(np.repeat(centres, 100, axis=0) + noise, jnp.float32)
-    codebook = quantize.kmeans_init(jax.random.key(3), latents, 32, tokens_per_batch=64)
-    similarity = unit_rows(0, 8, 16) @ np.asarray(codebook["embed"]).T
-    assert similarity.max(axis=1).min() > 0.98
-    np.testing.assert_allclose(np.linalg.norm(codebook["embed"], axis=-1), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(codebook["cluster_size"], 2.0)
+# ---- networks against numpy
 
 
-def test_usage():
-    used, perplexity = quantize.usage(np.array([5, 5, 0, 0]))
-    assert float(used) == 0.5
-    assert float(perplexity) == pytest.approx(2.0)
+def numpy_norm(p, x, eps):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + eps) * p["scale"] + p["bias"]
 
 
-@pytest.mark.parametrize("domain", ["semseg", "features"])
-def test_other_inputs(domain):
-    extra = {"num_classes": 7, "class_dim": 8} if domain == "semseg" else {}
-    config = VQConfig(
-        domain, (8, 16), 4 if domain == "semseg" else 1, 1 if domain == "semseg" else 20, codebook_size=16,
-        encoder_dim=16, encoder_depth=1, encoder_heads=2, decoder_dim=24, decoder_depth=2, decoder_heads=3, **extra,
-    )  # fmt: skip
+def numpy_linear(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def numpy_gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+
+
+def random_like(shapes, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.5, shapes)
+
+
+def random_params(config: VQConfig):
+    return random_like(jax.eval_shape(lambda key: vqvae_model.init_with_codebook(config, key), jax.random.key(0)))
+
+
+def test_bottleneck_mlp_against_numpy():
+    config = VQConfig("vector", (1, 1), 1, 6, **SMALL | {"encoder_depth": 3}, encoder="mlp", decoder="mlp")
+    params, _ = random_params(config)
+    x, p = normal(1, 4, 6), params["encoder"]
+    y = numpy_linear(p["linear_in"], x)
+    for i in range(3):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], p["blocks"])
+        hidden = numpy_gelu(numpy_linear(block["fc1"], numpy_norm(block["norm"], y, 1e-5)))
+        y = y + numpy_linear(block["fc2"], hidden)
+    y = numpy_linear(params["quant_proj"], numpy_linear(p["linear_out"], y))
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(vqvae_model.encode(config, params, x)[:, 0], y, rtol=1e-4, atol=1e-4)
+        # A map is so many vectors.
+        many = mlp.bottleneck_mlp(p, jnp.array(x.reshape(2, 2, 6))).reshape(4, -1)
+        np.testing.assert_allclose(many, mlp.bottleneck_mlp(p, jnp.array(x)), atol=1e-5)
+
+
+def test_semseg_embeds_ids():
+    config = VQConfig("semseg", (8, 8), 4, 1, num_classes=5, class_dim=3, **SMALL)
+    params, _ = random_params(config)
+    ids = np.random.default_rng(1).integers(0, 5, (2, 8, 8))
+    rgb = dataclasses.replace(config, domain="rgb", num_classes=0, channels=3)
+    embedded = params["cls_emb"][ids]
+    run = jax.jit(vqvae_model.encode, static_argnums=0)
+    np.testing.assert_allclose(run(config, params, ids), run(rgb, params, embedded), atol=1e-5)
+
+
+KINDS = {
+    "rgb": ({"channels": 3, "out_conv": True}, (8, 16, 3), (8, 16, 3)),
+    "semseg": ({"num_classes": 7, "class_dim": 8}, (8, 16), (8, 16, 7)),
+    "features": ({"channels": 20, "patch_proj": False}, (2, 4, 20), (2, 4, 20)),
+    "edges": ({"encoder_size": (16, 16), "quantizer": "euclidean"}, (8, 16, 1), (8, 16, 1)),
+    "mask": (
+        {"quantizer": "fsq", "fsq_levels": (4, 3, 3), "codebook_size": 36, "latent_dim": 3}, (8, 16, 1), (8, 16, 1),
+    ),
+    "vector": (
+        {"channels": 9, "image_size": (1, 1), "patch_size": 1, "encoder": "mlp", "decoder": "mlp",
+         "quantizer": "memcodes", "num_codebooks": 4}, (9,), (9,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("domain", KINDS)
+def test_shapes_of_every_kind(domain):
+    fields, input_shape, output_shape = KINDS[domain]
+    config = VQConfig(**{"domain": domain, "image_size": (8, 16), "patch_size": 4, "channels": 1} | SMALL | fields)
+    cells = 1 if domain == "vector" else 8
+    x = jnp.ones((2, *input_shape), jnp.int32 if domain == "semseg" else jnp.float32)
+    params, codebook = jax.eval_shape(lambda key: vqvae_model.init_with_codebook(config, key), jax.random.key(0))
+    output, latents, codes, loss = jax.eval_shape(
+        functools.partial(vqvae_model.forward, config), params, codebook, x, jax.random.key(0)
+    )
+    assert output.shape == (2, *output_shape) and output.dtype == jnp.float32
+    assert latents.shape == (2, cells, config.latent_dim) and latents.dtype == jnp.float32
+    assert codes.shape == ((2, 1, 4) if domain == "vector" else (2, cells)) and codes.dtype == jnp.int32
+    assert loss.shape == ()
+
+
+def test_half_precision_stays_close_and_other_grids_work():
+    config = VQConfig("rgb", (8, 8), 4, 3, **SMALL)
+    params, _ = random_params(config)
+    x = normal(2, 2, 12, 8, 3)
+    run = jax.jit(vqvae_model.encode, static_argnums=(0, 3))
+    full, half = run(config, params, x, jnp.float32), run(config, params, x, jnp.bfloat16)
+    assert full.shape == (2, 6, 8) and half.dtype == jnp.float32
+    np.testing.assert_allclose(half, full, atol=0.1 * np.abs(full).max())
+    assert np.abs(np.asarray(half) - full).max() > 0
+    with pytest.raises(ValueError, match="12x6 cannot be cut into patches of 4"):
+        vqvae_model.encode(config, params, x[:, :, :6])
+
+
+def test_random_parameters():
+    config = VQConfig("semseg", (8, 8), 4, 1, num_classes=5, post_mlp=False, **SMALL | {"encoder_dim": 32})
     params, codebook = jax.jit(functools.partial(vqvae_model.init_with_codebook, config))(jax.random.key(0))
-    x = jnp.ones((2, 8, 16), jnp.int32) if domain == "semseg" else jnp.ones((2, 8, 16, 20))
-    output, latents, codes, _ = jax.jit(functools.partial(vqvae_model.forward, config))(params, codebook, x)
-    tokens = config.grid[0] * config.grid[1]
-    assert tokens == (8 if domain == "semseg" else 128)
-    assert output.shape == (2, 8, 16, 7 if domain == "semseg" else 20)
-    assert latents.shape == (2, tokens, 32)
-    assert codes.shape == (2, tokens)
+    kernel = np.asarray(params["encoder"]["blocks"]["attn"]["qkv"]["kernel"])
+    assert np.abs(kernel).max() == pytest.approx((6 / 64) ** 0.5, rel=0.01)  # of a square map, three times
+    assert params["cls_emb"].std() == pytest.approx(1.0, abs=0.1)
+    np.testing.assert_allclose(np.linalg.norm(codebook["embed"], axis=-1), 1.0, rtol=1e-5)
+    assert not codebook["cluster_size"].any() and not params["quant_proj"]["bias"].any()

@@ -174,6 +174,15 @@ def _identity(config, sources: Mapping[str, Source]) -> dict:
 
 def _steps(config, out: pathlib.Path, source: Source, say) -> dict[str, dict]:
     steps = {name: step_options(name, config.modalities[name]) for name in config.modalities}
+    for name, options in steps.items():
+        wanted = options.get("input")
+        # Of another source some modalities only are made.
+        known = None if config.other_source else source.fields
+        if wanted and not options.get("label") and known is not None and wanted not in known:
+            raise ConfigError(
+                f"modalities.{name}: no sample of the source has {wanted!r}; there are {', '.join(known)}. Name one of "
+                "them as its input, give it a label, or leave the modality out"
+            )
     unnamed = [options for options in steps.values() if options.get("tokenizer") == ""]
     if unnamed:
         given = config.text.tokenizer

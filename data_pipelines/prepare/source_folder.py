@@ -58,6 +58,7 @@ class FolderSource:
         }
         listing = walk(self._root)
         self.problems: list[Problem] = listing.problems
+        self.fields = ("rgb", "caption") if captions else ("rgb",)
         table_path = None if captions in (None, "", "beside") else self._find(os.fspath(captions))
         own = os.path.relpath(table_path, self._root) if table_path else None
         self._paths, others = self._split(listing.files, own)

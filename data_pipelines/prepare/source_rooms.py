@@ -29,6 +29,7 @@ class RoomsSource:
         if not paths:
             raise FileNotFoundError(f"{path}: no rooms pack matches this pattern")
         self.problems: list[Problem] = []
+        self.fields = ("rgb", "depth", "normal", "semseg", "det", "caption")
         self._packs: list[RoomsPack] = []
         for each in paths:
             try:

@@ -64,6 +64,7 @@ class TfdsImageSource:
         self._place = name, split, None if data_dir is None else os.fspath(data_dir)
         self._open()
         self.problems: list[Problem] = []
+        self.fields = None
         self._rows: list[int] = list(range(len(self._samples)))
         self.keys: list[str] = [f"{self._info.name}/{split}/{i:08d}" for i in self._rows]
         if key:

@@ -56,10 +56,13 @@ class Source(Protocol):
       problems: what was found while listing and is no sample: files, rows and members that take no part, samples
         without what is required, and, one a tar and field, how many samples lack a field. What concerns one of ``keys``
         comes with `read`, as a note, a failure or Unusable.
+      fields: names of all fields that a sample may have, so that a modality which wants another is refused before any
+        work is done; None if that is not known.
     """
 
     keys: Sequence[str]
     problems: Sequence[Problem]
+    fields: Sequence[str] | None
 
     def read(self, index: int) -> Item:
         """Sample ``index``. Raises Unusable if its image (or what `required` names) cannot be used."""
