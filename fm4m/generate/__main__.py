@@ -1,0 +1,133 @@
+"""Generates modalities from others with a trained model.
+
+    python -m fm4m.generate --model=runs/demo --inputs rgb=photo.png --targets=depth,normal,caption --out=out
+    python -m fm4m.generate --model=runs/demo --inputs caption="a bedroom with a desk [S_1]" --targets=rgb --samples=4
+    python -m fm4m.generate --model=runs/demo --inputs rgb=photo.png --edit tok_rgb=mask.png --out=out
+
+Writes OUT/sheet.png (what was given and what was generated, a line a sample), a picture or text for every target and
+sample, and the codes (codes.npz). Every target becomes a condition of the next ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fm4m.generate import presets
+from fm4m.generate.generator import Target
+from fm4m.generate.session import Session, known_modalities, read_mask
+
+_FIELDS = {f.name: f for f in dataclasses.fields(Target) if f.name not in ("name", "conditions")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, or 2 with one sentence on standard error."""
+    options = parse(argv)
+    try:
+        run(options)
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fm4m.generate", description="Generates modalities from others.", allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="a run's folder, or weights that fm4m.load opens")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
+    parser.add_argument("--inputs", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="a picture, a .npy array, or a text; a text that ends with [S_1] may go on")  # fmt: skip
+    parser.add_argument("--targets", default="", help="modalities to generate, comma-separated, in this order; "
+                        "default: all outputs that are not given")  # fmt: skip
+    parser.add_argument("--edit", nargs="+", default=[], metavar="NAME=MASK",
+                        help="generate a part of a given modality anew: a mask picture (white changes) or "
+                        "xmin,ymin,xmax,ymax from 0 to 1")  # fmt: skip
+    parser.add_argument("--set", nargs="+", default=[], metavar="[NAME.]KEY=VALUE",
+                        help=f"settings of all targets or of one: {', '.join(_FIELDS)}")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=1, help="how many results to draw from the same inputs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", action="append", metavar="NAME=KIND:FILE",
+                        help="tokenizer of a modality (KIND image, text or boxes); default: the run's own")  # fmt: skip
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("generated"), help="folder (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Loads the model, generates, writes and prints."""
+    import fm4m
+
+    if options.samples < 1:
+        raise ValueError("--samples must be at least 1")
+    session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
+    modalities = session.modalities
+    if not options.inputs:
+        raise ValueError(f"--inputs are missing; this model's {known_modalities(modalities)}")
+    canvas = session.read(dict(_pair(text, "--inputs") for text in options.inputs), options.samples)
+    given = list(canvas.seen)
+    edited = []
+    for name, where in (_pair(text, "--edit") for text in options.edit):
+        name = session.name_of(name, [n for n in given if modalities[n].kind == "tokens"])
+        canvas = session.open_cells(canvas, name, read_mask(where))
+        edited.append(name)
+    asked = [session.name_of(n, modalities.outputs) for n in options.targets.split(",") if n]
+    names = asked or edited or presets.in_order(n for n in modalities.outputs if n not in given)
+    names = [*(n for n in edited if n not in names), *names]
+    settings = [_pair(text, "--set") for text in options.set]
+    targets = [_target(session, name, given, settings) for name in names]
+
+    from tqdm import tqdm
+
+    with tqdm(total=len(targets), disable=None, unit="target") as bar:
+
+        def progress(name: str, done: int, steps: int) -> None:
+            bar.set_description(f"{name} {done}/{steps}")
+            bar.update(done == steps)
+
+        canvas = session.generator(canvas, targets, seed=options.seed, progress=progress)
+    for path in session.write(canvas, given, names, options.out, f"seed {options.seed}"):
+        print(f"wrote {path}")
+    for name in names:
+        if modalities[name].kind == "sequence" and name in session.showers:
+            for text in session.texts(canvas, name):
+                print(f"{name}: {text}")
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ValueError(f"{flag}: {text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _target(session: Session, name: str, given: Sequence[str], settings: Sequence[tuple[str, str]]) -> Target:
+    target = presets.target(session.modalities, name, given)
+    values: dict[str, Any] = {}
+    for key, value in settings:
+        whose, _, field = key.rpartition(".")
+        if field not in _FIELDS:
+            raise ValueError(f"--set: there is no setting {field!r}; known: {', '.join(_FIELDS)}")
+        if whose and session.name_of(whose, session.modalities.outputs) != name:
+            continue
+        kind = {bool: _flag}.get(type(getattr(target, field)), type(getattr(target, field)))
+        try:
+            values[field] = kind(value)
+        except ValueError:
+            raise ValueError(f"--set: {key}={value!r} is no {kind.__name__.strip('_')}") from None
+    return dataclasses.replace(target, **values)
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Files and texts in, pictures and texts out; the command line."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import fm4m
+from fm4m import model
+from fm4m.generate import __main__ as command
+from fm4m.generate import presets, session
+from fm4m.loading import LoadedModel
+from fm4m.modalities import EOS_ID, Modality, ModalitySet
+
+TOKENIZERS = pathlib.Path(__file__).parents[1] / "data_pipelines/rooms/tokenizers"
+SET = ModalitySet(
+    (
+        Modality("rgb@64", "pixels", grid=(8, 8), patch_size=8, channels=3),
+        Modality("tok_depth@64", "tokens", 128, (8, 8)),
+        Modality("caption", "sequence", 4736, max_tokens=12),
+        Modality("det", "sequence", 4736, max_tokens=12),
+    )
+)
+CONFIG = model.model_config(
+    "fm_tiny_6e_6d_swiglu_nobias", dim=32, encoder_depth=1, decoder_depth=1, num_heads=2, dtype="float32"
+)
+ENTRIES = (
+    f"tok_depth@64=image:{TOKENIZERS}/depth.safetensors",
+    f"caption=text:{TOKENIZERS}/text.json",
+    f"det=boxes:{TOKENIZERS}/text.json",
+)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    params = model.init_params(CONFIG, SET, jax.random.key(0))
+    return LoadedModel(CONFIG, SET, params, {"config": {"log": {"picture_tokenizers": ENTRIES}}})
+
+
+@pytest.fixture(scope="module")
+def opened(loaded):
+    return session.Session(loaded)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    picture = np.zeros((50, 90, 3), np.uint8)
+    picture[:, 20:70] = 200
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_names_may_lack_the_resolution_and_the_prefix(opened):
+    assert opened.name_of("rgb", SET.inputs) == "rgb@64"
+    assert opened.name_of("depth", SET.outputs) == "tok_depth@64"
+    with pytest.raises(ValueError, match="no modality of this model named 'dept'.*tok_depth@64"):
+        opened.name_of("dept", SET.outputs)
+
+
+def test_what_is_read_is_what_was_given(opened, photo):
+    given = {"rgb": str(photo), "caption": "a bed [S_1]", "depth": np.arange(64, dtype=np.int64)}
+    canvas = opened.read(given, copies=2)
+    picture = opened.cells(canvas, "rgb@64")[1]
+    # The centred square is 50 wide and wholly inside the bright part.
+    assert picture.shape == (64, 64, 3) and (picture == 200).all()
+    assert opened.texts(canvas, "caption")[0].startswith("a bed")
+    assert EOS_ID not in np.asarray(canvas.ids["caption"])[0]
+    assert (np.asarray(canvas.ids["tok_depth@64"])[0] == np.arange(64)).all()
+    closed = opened.read({"caption": "a bed"})
+    assert EOS_ID in np.asarray(closed.ids["caption"])[0]
+    # A depth map in the tokenizer's stored form becomes codes.
+    depth = np.linspace(1, 3, 64 * 64, dtype=np.float32).reshape(64, 64)
+    codes = np.asarray(opened.read({"depth": depth}).ids["tok_depth@64"])[0]
+    assert (codes == opened.showers["tok_depth@64"].tokenizer.encode(depth[None])[0]).all()
+
+
+def test_masks_and_boxes_open_the_cells_they_touch(opened):
+    mask = np.zeros((64, 64), bool)
+    mask[9, 40] = True
+    assert np.argwhere(session.opened(mask, (8, 8))).tolist() == [[1, 5]]
+    assert session.opened((0.0, 0.5, 0.25, 1.0), (8, 8)).sum() == 8
+    canvas = opened.read({"depth": np.arange(64, dtype=np.int64)})
+    changed = opened.open_cells(canvas, "tok_depth@64", mask)
+    assert np.flatnonzero(~np.asarray(changed.seen["tok_depth@64"])[0]).tolist() == [13]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.read({"rgb": "nowhere.png"}), "no file nowhere.png"),
+        (lambda s: s.read({"caption": "a bed " * 9}), "tokens, at most 12 fit"),
+        (lambda s: s.read({"caption": 3}), "expected a text"),
+        (lambda s: s.read({"rgb": np.zeros((64, 64), np.uint8)}), r"expected a picture uint8 \[H, W, 3\]"),
+        (lambda s: session.opened(np.zeros((8, 8)), (8, 8)), "mask is empty"),
+        (lambda s: session.opened((0.5, 0.5, 0.4, 1.0), (8, 8)), "must be xmin"),
+        (lambda s: session.read_mask("1,2"), "neither a mask"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(opened, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(opened)
+
+
+def test_the_demonstrations_settings_follow_what_is_given():
+    with_image = presets.target(SET, "tok_depth@64", ["rgb@64"])
+    without = presets.target(SET, "tok_depth@64", ["caption"])
+    assert (with_image.steps, with_image.temperature, with_image.guidance) == (1, 0.01, 2.0)
+    assert (without.steps, without.temperature_schedule) == (8, "onex:0.5:0.5")
+    assert presets.in_order(["det", "caption", "tok_rgb@64", "tok_depth@64"]) == [
+        "tok_depth@64", "tok_rgb@64", "caption", "det",
+    ]  # fmt: skip
+
+
+def test_the_command_writes_what_it_says(loaded, photo, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(fm4m, "load", lambda path, ema: loaded)
+    out = tmp_path / "out"
+    flags = ["--model=x", "--inputs", f"rgb={photo}", "--samples=2", f"--out={out}", "--set", "depth.steps=2"]
+    assert command.main([*flags, "--targets=depth,caption"]) == 0
+    printed = capsys.readouterr().out
+    names = {p.name for p in out.iterdir()}
+    assert {"sheet.png", "codes.npz", "tok_depth@64-0.png", "tok_depth@64-1.png", "caption-1.txt"} <= names
+    assert printed.count("caption: ") == 2 and f"wrote {out / 'sheet.png'}" in printed
+    with np.load(out / "codes.npz") as codes:
+        assert codes["tok_depth@64"].shape == (2, 64) and (codes["tok_depth@64"] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--inputs are missing; this model's inputs: rgb@64"),
+        (["--inputs", "rgb"], "'rgb' is not NAME=VALUE"),
+        (["--inputs", "caption=a bed", "--targets=dpeth"], "Did you mean"),
+        (["--inputs", "caption=a bed", "--set", "stepz=2"], "there is no setting 'stepz'"),
+        (["--inputs", "caption=a bed", "--set", "steps=two"], "'two' is no int"),
+        (["--inputs", "caption=a bed", "--samples=0"], "at least 1"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(loaded, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(fm4m, "load", lambda path, ema: loaded)
+    assert command.main(["--model=x", *flags]) == 2
+    assert message in capsys.readouterr().err
