@@ -89,9 +89,9 @@ def parse(values: Mapping[str, Any], where: str) -> ReferenceConfig:
     fields = dict(_DEFAULTS)
     for name, value in values.items():
         if name in _NEEDED or name in _DEFAULTS:
-            fields[name] = _typed(name, _literal(value, name, where) if isinstance(value, str) else value, where)
+            fields[name] = _typed(name, literal(value, name, where) if isinstance(value, str) else value, where)
         elif name == "allow_zero_attn":  # attention that may attend to nothing, never switched on in a released model
-            if _literal(value, name, where) if isinstance(value, str) else value:
+            if literal(value, name, where) if isinstance(value, str) else value:
                 raise FormatError(f"{where}: {name} is set, which fm4m has no attention for")
         elif "." not in name and name not in _IRRELEVANT:
             log.warning("%s: configuration key %r is not known and has no effect", where, name)
@@ -171,7 +171,16 @@ def _sized(m: Modality, name: str, shapes: Mapping[str, tuple[int, ...]], where:
         raise FormatError(f"{where}: {error}") from error
 
 
-def _literal(text: str, name: str, where: str) -> Any:
+def literal(text: str, name: str, where: str) -> Any:
+    """The Python object that a text of a file's metadata spells; a text that spells none is returned as it is.
+
+    Args:
+      text: the value.
+      name: its name, and
+      where: the file, for messages.
+
+    Raises FormatError for a text that is longer than the reference reads.
+    """
     if len(text) > _LONGEST_VALUE:
         raise FormatError(f"{where}: the value of {name} has {len(text)} characters, at most {_LONGEST_VALUE} are read")
     # YAML's spellings of constants; the rest of what the reference writes are Python literals or plain words.

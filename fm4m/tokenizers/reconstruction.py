@@ -8,7 +8,7 @@ from fm4m.tokenizers.config import VQConfig
 
 
 def psnr(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB, uint8 [B, H, W, 3]."""
+    """Mean over images of the peak signal-to-noise ratio in dB, uint8 [B, H, W, C]."""
     error = np.mean((target.astype(np.float64) - prediction.astype(np.float64)) ** 2, axis=(1, 2, 3))
     return float(np.mean(10.0 * np.log10(255.0**2 / np.maximum(error, 1e-8))))
 
@@ -45,6 +45,13 @@ def segmentation(target: np.ndarray, prediction: np.ndarray, num_classes: int) -
     return float((hit / np.maximum(union, 1))[present > 0].mean()), float(hit.sum() / max(confusion.sum(), 1))
 
 
+def mask_iou(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Mean over masks [B, H, W] of the intersection over union of what is not 0; 1 where both are empty."""
+    a, b = target > 0, prediction > 0
+    union = (a | b).sum((1, 2))
+    return float(np.where(union > 0, (a & b).sum((1, 2)) / np.maximum(union, 1), 1.0).mean())
+
+
 def cosine(target: np.ndarray, prediction: np.ndarray) -> float:
     """Mean cosine similarity over the last axis."""
     a, b = target.astype(np.float64), prediction.astype(np.float64)
@@ -53,12 +60,17 @@ def cosine(target: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def measure(config: VQConfig, stats: dict, target: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
-    """The domain's numbers by name: psnr_db | abs_rel | angle_deg | miou, pixel_accuracy | cosine.
+    """The domain's numbers by name: psnr_db | abs_rel | angle_deg | miou, pixel_accuracy | iou | cosine | cosine, rmse.
 
-    Features are compared after standardisation: their common mean alone would give a high cosine.
+    Features and vectors are compared after standardisation: their common mean alone would give a high cosine. The
+    error of vectors is in standard deviations.
     """
     if config.domain == "rgb":
         return {"psnr_db": psnr(target, prediction)}
+    if config.domain == "edges":
+        return {"psnr_db": psnr(target[..., None], prediction[..., None])}
+    if config.domain == "mask":
+        return {"iou": mask_iou(target, prediction)}
     if config.domain == "depth":
         return {"abs_rel": abs_rel(target, prediction)}
     if config.domain == "normal":
@@ -67,4 +79,7 @@ def measure(config: VQConfig, stats: dict, target: np.ndarray, prediction: np.nd
         miou, accuracy = segmentation(target, prediction, config.num_classes)
         return {"miou": miou, "pixel_accuracy": accuracy}
     standardised = [(x.astype(np.float64) - stats["mean"]) / stats["std"] for x in (target, prediction)]
-    return {"cosine": cosine(*standardised)}
+    numbers = {"cosine": cosine(*standardised)}
+    if config.domain == "vector":
+        numbers["rmse"] = float(np.sqrt(np.mean((standardised[0] - standardised[1]) ** 2)))
+    return numbers

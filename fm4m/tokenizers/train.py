@@ -1,256 +1,372 @@
-"""Trains one VQ-VAE tokenizer.
+"""Trains a tokenizer.
 
-    python -m fm4m.tokenizers.train --config=configs/tokenizers/rooms.py:semseg --out=semseg.safetensors
+    python -m fm4m.tokenizers.train --config=configs/tokenizers/rooms.py:depth --out=depth.safetensors
+        [--workdir=runs/depth] [--config.train.total="500 steps" ...]
 
-Writes the weights to --out and, next to them, a picture of held-out inputs above their reconstructions; prints the
-domain's reconstruction numbers, codebook use and perplexity on the validation pack. Any value of the configuration can
-be overridden (--config.steps=200); an unknown key is refused.
+The run's folder (by default ``depth.run`` beside the file) gets config.json, metrics.jsonl with TensorBoard events,
+checkpoints, and pictures of held-out inputs above their reconstructions. Run the same command again to continue from
+the newest checkpoint; the result is the same, bit for bit, as without the interruption. At the end the averaged
+weights are written to --out, with a picture beside them, and the domain's reconstruction numbers, codebook use and
+perplexity on the validation source are printed for the file as written.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import logging
+import os
 import pathlib
+import sys
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-import optax
 
-from fm4m.tokenizers import io, preprocess, quantize, reconstruction, vqvae_model
+from fm4m import checkpoint, metrics, optim, sharding
+from fm4m.config import ConfigError
+from fm4m.tokenizers import arrays, io, preprocess, quantize, train_config, train_step, vqvae_model
 from fm4m.tokenizers.config import VQConfig
+from fm4m.tokenizers.report import Window, evaluate, picture_sheet
 from fm4m.tokenizers.tokenizer import Tokenizer
+
+log = logging.getLogger("fm4m")
 
 # Latents per code given to the k-means that initialises the codebook.
 KMEANS_LATENTS_PER_CODE = 32
-SHEET_COLUMNS = 8
-SHEET_SCALE = 2
-
-TrainState = dict[str, Any]
+# Values that mean, deviation and principal components of features are taken from: 1 GiB of them.
+STATS_VALUES = 2**28
 
 
-def reconstruction_loss(config: VQConfig, output: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean loss: MSE (rgb, normal), smooth L1 with beta 1 (depth, features), cross-entropy (semseg)."""
-    if config.domain == "semseg":
-        # A comparison instead of an index: the gradient of an index is a scatter, which runs on one core of a CPU.
-        chosen = jnp.where(jnp.arange(output.shape[-1]) == target[..., None], output, 0.0)
-        return jnp.mean(jax.nn.logsumexp(output, axis=-1) - chosen.sum(-1))
-    if config.domain in ("rgb", "normal"):
-        return jnp.mean(jnp.square(output - target))
-    return jnp.mean(optax.huber_loss(output, target, delta=1.0))
+@dataclasses.dataclass
+class Result:
+    """How a run ended: steps made in all, the train state, the tokenizer with averaged weights, and its numbers on the
+    validation source ({} for a run that stopped early)."""
+
+    step: int
+    state: train_step.State
+    tokenizer: Tokenizer
+    numbers: dict[str, float]
 
 
-def make_optimiser(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.99), gradient clipping at 1, linear warm-up and cosine to 0; biases and norms are not decayed."""
-    for name in ("warmup_steps", "autoencoder_steps"):
-        if not 0 <= config[name] < config.steps:
-            raise ValueError(f"config.{name} = {config[name]} must be from 0 to below steps = {config.steps}")
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.steps)
+@dataclasses.dataclass
+class Run:
+    """What all parts of a run share."""
 
-    def decayed(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "cls_emb"), params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, 0.9, 0.99, weight_decay=config.weight_decay, mask=decayed),
-    )
+    config: Any
+    model: VQConfig
+    stats: preprocess.Stats
+    source: arrays.Source
+    sizes: tuple[tuple[int, int], ...]
+    steps: int
+    optimizer: optim.Optimizer
+    mesh: Any
 
 
-def init_state(config: ml_collections.ConfigDict, model: VQConfig) -> TrainState:
-    """Random network and random codebook (which `fit` replaces after the warm-up without quantisation)."""
-    params, codebook = jax.jit(functools.partial(vqvae_model.init_with_codebook, model))(jax.random.key(config.seed))
-    # Copies, because the step donates its state and one buffer cannot be donated twice.
-    ema = jax.tree.map(jnp.copy, params)
-    return {"params": params, "codebook": codebook, "ema": ema, "opt_state": make_optimiser(config).init(params)}
+def train(
+    config: Any, workdir: str | os.PathLike, source: arrays.Source | None = None, held_out: arrays.Source | None = None
+) -> Result:
+    """Trains until ``config.train.total``; continues from the newest checkpoint in ``workdir``.
 
-
-def fit_codebook(
-    config: ml_collections.ConfigDict, model: VQConfig, stats: preprocess.Stats, params: vqvae_model.Params,
-    arrays: np.ndarray,
-) -> quantize.Codebook:
-    """Spherical k-means on the network's latents for a random sample of `arrays`."""
-    tokens = model.grid[0] * model.grid[1]
-    count = min(len(arrays), -(-KMEANS_LATENTS_PER_CODE * model.codebook_size // tokens))
-    count = max(count // config.batch_size, 1) * config.batch_size  # whole batches: one shape to compile
-    sample = np.random.default_rng(config.seed).choice(len(arrays), count, replace=False)
-    encode = jax.jit(lambda params, x: vqvae_model.encode(model, params, preprocess.to_input(model, stats, x)))
-    chunks = sample.reshape(-1, config.batch_size)
-    latents = jnp.concatenate([encode(params, arrays[chunk]).reshape(-1, model.latent_dim) for chunk in chunks])
-    key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
-    kmeans = jax.jit(quantize.kmeans_init, static_argnums=(2, 3))
-    return kmeans(key, latents, model.codebook_size, config.batch_size * tokens)
-
-
-def make_train_step(
-    config: ml_collections.ConfigDict, model: VQConfig, stats: preprocess.Stats, quantised: bool = True
-):
-    """Jitted (state, step int, stored batch) -> (state, {"reconstruction", "commitment"}).
-
-    With `quantised` False the decoder sees the latents themselves and the codebook stays as it is.
-    """
-    optimiser = make_optimiser(config)
-    tokens = config.batch_size * model.grid[0] * model.grid[1]
-    threshold = quantize.dead_threshold(tokens, model.codebook_size, config.dead_code_coefficient)
-
-    def loss_fn(params, codebook, x):
-        if quantised:
-            output, latents, codes, commitment = vqvae_model.forward(model, params, codebook, x)
-        else:
-            latents, codes, commitment = vqvae_model.encode(model, params, x), None, jnp.zeros(())
-            output = vqvae_model.decode(model, params, latents)
-        rebuilt = reconstruction_loss(model, output, x)
-        metrics = {"reconstruction": rebuilt, "commitment": commitment}
-        return rebuilt + config.commitment_weight * commitment, (latents, codes, metrics)
-
-    def update_codebook(codebook, latents, codes, step, key):
-        latents = latents.reshape(-1, model.latent_dim)
-        codebook = quantize.update(codebook, latents, codes.reshape(-1), config.codebook_decay)
-        restarted = quantize.restart_dead(key, codebook, latents, threshold)
-        # Codes restarted in the last tenth would have no time to be learnt by the decoder.
-        late = step >= 0.9 * config.steps
-        return jax.tree.map(lambda old, new: jnp.where(late, old, new), codebook, restarted)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state, step, batch):
-        flip_key, restart_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
-        if config.flip:
-            flipped = jax.random.bernoulli(flip_key, 0.5, (batch.shape[0],) + (1,) * (batch.ndim - 1))
-            batch = jnp.where(flipped, preprocess.flip(model, batch), batch)
-        x = preprocess.to_input(model, stats, batch)
-        grads, (latents, codes, metrics) = jax.grad(loss_fn, has_aux=True)(state["params"], state["codebook"], x)
-        updates, opt_state = optimiser.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        # A plain average would carry the random start for 1 / (1 - decay) steps; the first ones therefore count less.
-        decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
-        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state["ema"], params)
-        codebook = state["codebook"]
-        if quantised:
-            codebook = update_codebook(codebook, latents, codes, step, restart_key)
-        return {"params": params, "codebook": codebook, "ema": ema, "opt_state": opt_state}, metrics
-
-    return train_step
-
-
-def fit(
-    config: ml_collections.ConfigDict, model: VQConfig, arrays: np.ndarray, stats: preprocess.Stats | None = None
-) -> Tokenizer:
-    """Trains on arrays in the stored form [N, H, W(, C)] and returns the tokenizer with averaged weights.
-
-    The first `config.autoencoder_steps` run without quantisation; then k-means on the latents gives the codebook. A
-    codebook that starts beside an untrained encoder collapses to a few codes (a batch of 2,048 latents of rooms
-    depth used 2 % of 1,024 codes after 100 steps), and a short run has no time to win the others back.
+    Args:
+      config: from `train_config.default`.
+      workdir: folder of the run.
+      source, held_out: what to train on and to evaluate with; default those that ``config.data`` names.
 
     Raises:
-      ValueError: arrays that do not fit `model`, fewer arrays than a batch, or a loss that is not finite.
+      ConfigError: a configuration that cannot run, such as a source with fewer arrays than a batch.
+      CheckpointError: a checkpoint in ``workdir`` that belongs to another run.
+      FloatingPointError: the loss or the gradient stopped being finite; the message names the step.
     """
-    import tqdm
+    workdir, lead = pathlib.Path(workdir), jax.process_index() == 0
+    run, start = prepare(config, source)
+    held_out = held_out or _open(config, run.model, "data.validation")
+    log.info("tokenizer %s: %d arrays to train on, %d held out; %d steps of %d", run.model.name, len(run.source),
+             len(held_out), run.steps, config.train.global_batch)  # fmt: skip
 
-    arrays = preprocess.check_array(model, arrays)
-    if len(arrays) < config.batch_size:
-        raise ValueError(f"{len(arrays)} arrays are fewer than config.batch_size = {config.batch_size}")
-    stats = stats or {}
-    state = init_state(config, model)
-    train_step = make_train_step(config, model, stats, quantised=False)
+    saved = config.checkpoint
+    checkpoints = checkpoint.Checkpoints(
+        workdir, every=saved.every, keep=saved.keep, asynchronous=saved.asynchronous
+    )
+    identity = train_config.identity(config, run.source.description)
+    state, first = restore(run, checkpoints, identity, start, workdir)
+    if lead:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    writer = metrics.MetricWriter(workdir, active=lead, tensorboard=config.log.tensorboard, step=first)
+    writer.text("config", f"```\n{config.to_json_best_effort(indent=2)}\n```")
 
-    per_epoch = len(arrays) // config.batch_size
-    with tqdm.trange(config.steps, desc=f"tokenizer {model.name}", mininterval=2.0) as progress:
-        for step in progress:
-            epoch, position = divmod(step, per_epoch)
-            if position == 0:
-                order = np.random.default_rng([config.seed, epoch]).permutation(len(arrays))
-            if step == config.autoencoder_steps:
-                state["codebook"] = fit_codebook(config, model, stats, state["params"], arrays)
-                train_step = make_train_step(config, model, stats)
-            batch = arrays[order[position * config.batch_size : (position + 1) * config.batch_size]]
-            state, metrics = train_step(state, step, batch)
-            if (step + 1) % 50 == 0 or step + 1 == config.steps:
-                recent = [float(metrics[name]) for name in ("reconstruction", "commitment")]
-                if not np.isfinite(recent).all():
-                    raise ValueError(f"loss at step {step} is not finite; lower config.learning_rate")
-                progress.set_postfix(reconstruction=f"{recent[0]:.4f}", commitment=f"{recent[1]:.4f}")
-    return Tokenizer(model, state["ema"], state["codebook"], stats)
+    one_step = train_step.make_step(
+        config, run.model, run.stats, run.optimizer, run.sizes, run.steps, run.mesh
+    )
+    stop = min(run.steps, first + config.train.stop_after) if config.train.stop_after else run.steps
+    shown = held_out.read(np.arange(min(config.eval.samples or len(held_out), len(held_out))))
+    batches = device_batches(run, first, stop)
+    progress = metrics.Progress(run.steps, first, active=lead, bar=config.log.progress_bar)
+    window, pending, numbers, compiled = Window(config.train.global_batch), None, {}, set()
+
+    def finish(pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+        # The values of the step before the one that runs now: fetching them makes no device wait.
+        if pending is None:
+            return
+        done, values = pending[0], jax.device_get(pending[1])
+        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}; the newest checkpoint is "
+                f"step {checkpoints.latest()}. Lower optimizer.blr or lengthen optimizer.warmup"
+            )
+        window.add(values)
+        if done % config.log.every == 0 or done == stop:
+            row = window.close()
+            writer.write(done, row)
+            use = f"  codes {row['codebook/use']:.0%}" if "codebook/use" in row else ""
+            progress.report(done, f"loss {row['train/loss']:.4f}{use}  {row['speed/arrays_per_s']:.0f} arrays/s")
+        progress.advance()
+
+    def judge(step: int) -> dict[str, float]:
+        found = evaluate(tokenizer_of(run, state), shown)
+        writer.write(step, {f"validation/{name}": value for name, value in found.items()})
+        return found
+
+    try:
+        for step in range(first + 1, stop + 1):
+            if step - 1 == config.train.autoencoder_steps and config.codebook.kmeans:
+                window.pause()
+                state["params"]["codebook"] = fit_codebook(run, state["params"]["network"])
+                window.resume()
+            size = train_step.size_of_step(config.seed, step - 1, run.sizes)
+            quantised = step > config.train.autoencoder_steps
+            ready = next(batches)
+            if fresh := (size, quantised) not in compiled:
+                compiled.add((size, quantised))
+                window.pause()
+                begun = time.perf_counter()
+            state, values = one_step(state, ready, size, quantised)
+            if fresh:
+                window.resume()
+                seconds = time.perf_counter() - begun
+                log.info("compiled the step for %d x %d pixels%s in %.0f s", *size,
+                         "" if quantised else ", without codes", seconds)  # fmt: skip
+            finish(pending)
+            pending, last = (step, values), step == run.steps
+            drawn = last or _multiple(step, config.log.pictures_every)
+            judged = last or _multiple(step, config.eval.every)
+            if step == stop or checkpoints.due(step) or drawn or judged:
+                finish(pending)
+                pending = None
+                window.pause()
+                if last or checkpoints.due(step):
+                    checkpoints.save(state, _meta(config, step, identity))
+                if judged:
+                    numbers = judge(step)
+                if drawn:
+                    writer.pictures(step, {run.model.name: picture_sheet(tokenizer_of(run, state), shown)})
+                window.resume()
+        if first >= run.steps:
+            log.info("nothing is left to train: step %d of %d is saved", first, run.steps)
+            numbers = judge(first)
+    finally:
+        progress.close()
+        checkpoints.wait()
+        checkpoints.close()
+        writer.close()
+    return Result(max(first, stop), state, tokenizer_of(run, state), numbers)
 
 
-def evaluate(tokenizer: Tokenizer, arrays: np.ndarray) -> dict[str, float]:
-    """Reconstruction numbers of the domain, codebook use (share) and perplexity on held-out arrays [N, H, W(, C)]."""
-    codes = tokenizer.encode(arrays)
-    numbers = reconstruction.measure(tokenizer.config, tokenizer.stats, arrays, tokenizer.decode(codes))
-    used, perplexity = quantize.usage(np.bincount(codes.ravel(), minlength=tokenizer.vocab_size))
-    return numbers | {"codebook_use": float(used), "perplexity": float(perplexity)}
+# ---- what a run is made of
 
 
-def picture_sheet(tokenizer: Tokenizer, arrays: np.ndarray) -> np.ndarray:
-    """Inputs above their reconstructions, two bands of eight, uint8 [rows, columns, 3]."""
-    arrays = arrays[: 2 * SHEET_COLUMNS]
-    top, bottom = tokenizer.to_picture(arrays), tokenizer.to_picture(tokenizer.decode(tokenizer.encode(arrays)))
-    scale = SHEET_SCALE if tokenizer.config.domain != "features" else 8 * SHEET_SCALE
-    bands = []
-    for start in range(0, len(arrays), SHEET_COLUMNS):
-        for pictures in (top, bottom):
-            row = np.concatenate(list(pictures[start : start + SHEET_COLUMNS]), axis=1)
-            row = np.pad(row, ((0, 0), (0, SHEET_COLUMNS * top.shape[2] - row.shape[1]), (0, 0)))
-            bands.append(row.repeat(scale, axis=0).repeat(scale, axis=1))
-    return np.concatenate(bands)
+def prepare(config: Any, source: arrays.Source | None = None) -> tuple[Run, Tokenizer | None]:
+    """Everything but the state, and the tokenizer that the run starts from. Raises ConfigError."""
+    train_config.validate(config)
+    try:
+        start = io.load(config.train.init_from) if config.train.init_from else None
+        model = train_config.model_config(config)
+        source = source or _open(config, model, "data.train")
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    batch = config.train.global_batch
+    if len(source) < batch:
+        raise ConfigError(f"{len(source)} arrays are fewer than train.global_batch = {batch}")
+    if model.domain == "vector" and config.data.flip:
+        raise ConfigError("data.flip = True: vectors cannot be mirrored")
+    if start is not None:
+        model = dataclasses.replace(model, class_names=start.config.class_names, palette=start.config.palette)
+    stats = dict(start.stats) if start is not None else {}
+    if model.domain in ("features", "vector") and not stats:
+        count = min(len(source), max(STATS_VALUES // int(np.prod(model.array_shape)), batch))
+        stats = preprocess.feature_stats(source.read(np.linspace(0, len(source) - 1, count).astype(np.int64)))
+
+    lengths = {"batch": batch, "count": len(source)}
+    steps = train_config.length(config.train.total, "train.total", **lengths)
+    if not 0 <= config.train.autoencoder_steps < max(steps, 1):
+        raise ConfigError(f"train.autoencoder_steps = {config.train.autoencoder_steps} must be below the {steps} steps "
+                          "of train.total")  # fmt: skip
+    o = config.optimizer
+    warmup = train_config.length(o.warmup, "optimizer.warmup", **lengths)
+    rate = optim.schedule(o.blr * batch / 256, steps, warmup, o.schedule)
+    optimizer = optim.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding.check_batch(mesh, batch)
+    return Run(config, model, stats, source, train_config.sizes(config, model), steps, optimizer, mesh), start
 
 
-def load_arrays(domain: str, pack_path: str) -> np.ndarray:
-    """One modality of a rooms pack in the stored form: [N, H, W(, C)]; features come from their own file."""
-    if domain == "features":
-        from data_pipelines.features import load_features
-
-        return np.asarray(load_features(pack_path), np.float32)
-    from data_pipelines.rooms.pack import RoomsPack
-
-    pack = RoomsPack(pack_path)
-    return np.stack([pack[i][domain] for i in range(len(pack))])
+def _open(config: Any, model: VQConfig, key: str) -> arrays.Source:
+    try:
+        return arrays.open_source(config.data[key.split(".")[1]], model, key, tuple(config.data.crop_scale))
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
-def semseg_labels(pack_path: str) -> dict[str, Any]:
-    """num_classes, class_names and palette of a rooms pack, as fields of VQConfig."""
-    from data_pipelines.rooms.pack import RoomsPack
+def restore(
+    run: Run, checkpoints: checkpoint.Checkpoints, identity: dict, start: Tokenizer | None, workdir: pathlib.Path
+) -> tuple[train_step.State, int]:
+    """The newest checkpoint's state and its step, or a new state and 0. Raises CheckpointError for another run's."""
+    abstract = train_step.abstract_state(run.config, run.model, run.optimizer, run.mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    if (latest := checkpoints.latest()) is not None:
+        saved = checkpoints.meta(latest)["identity"]
+        for key in [*saved, *(k for k in identity if k not in saved)]:
+            if saved.get(key) != identity.get(key):
+                raise checkpoint.CheckpointError(
+                    f"{workdir} holds step {latest} of another run: {key} was {saved.get(key)!r}, is "
+                    f"{identity.get(key)!r}. Continue it with its own configuration (config.json beside it), or give "
+                    "this run another --workdir"
+                )
+        state = checkpoints.restore(latest, {k: v for k, v in abstract.items() if k != "step"})
+        state["step"] = jax.jit(lambda: jnp.asarray(latest, jnp.int32), out_shardings=where["step"])()
+        log.info("continuing at step %d", latest)
+        return state, latest
+    make = functools.partial(train_step.init_state, run.config, run.model, run.optimizer)
+    state = jax.jit(make, out_shardings=where)()
+    return (state if start is None else start_from(run, state, start)), 0
 
-    pack = RoomsPack(pack_path)
-    return {"num_classes": len(pack.classes), "class_names": pack.classes, "palette": pack.palette}
+
+def start_from(run: Run, state: train_step.State, start: Tokenizer) -> train_step.State:
+    """The state with what ``train.init_from`` holds: encoder and codebook, and every other group that fits.
+
+    Raises ConfigError naming the first array of encoder or codebook that does not.
+    """
+    name, network = run.config.train.init_from, dict(state["params"]["network"])
+    leaves = jax.tree_util.tree_leaves_with_path
+    shapes = lambda tree: {optim.path_name(p): x.shape for p, x in leaves(tree)}  # noqa: E731
+
+    def place(values: Any, like: Any) -> Any:
+        return jax.tree.map(lambda v, x: jax.device_put(np.asarray(v, x.dtype), x.sharding), values, like)
+
+    for group, fresh in network.items():
+        have, want = shapes(start.params.get(group, {})), shapes(fresh)
+        if have == want:
+            network[group] = place(start.params[group], fresh)
+        elif group in train_step.ENCODER_GROUPS:
+            wrong = next(k for k in [*want, *have] if have.get(k) != want.get(k))
+            raise ConfigError(f"train.init_from = {name!r} has {group}/{wrong} {have.get(wrong)}, the model "
+                              f"{want.get(wrong)}; use the encoder's fields of its configuration")  # fmt: skip
+        else:
+            log.info("%s of %s does not fit; it starts from random weights", group, name)
+    params = {"network": network}
+    if "codebook" in state["params"]:
+        have, want = shapes(dict(start.codebook)), shapes(state["params"]["codebook"])
+        if have != want:
+            raise ConfigError(f"train.init_from = {name!r} has a codebook {have}, but the model's is {want}")
+        params["codebook"] = place(dict(start.codebook), state["params"]["codebook"])
+    new = state | {"params": params}
+    # A copy, because the step donates its state and one buffer cannot be donated twice.
+    return new | ({"ema": jax.tree.map(jnp.copy, network)} if "ema" in state else {})
 
 
-def run(config: ml_collections.ConfigDict, out: str) -> dict[str, float]:
-    """Loads the packs, trains, writes weights and picture, returns what `evaluate` found for the file as written."""
+def device_batches(run: Run, first: int, last: int) -> Any:
+    """Batches of steps ``first`` .. ``last`` - 1 on the devices; every process reads and sends its own rows."""
+    batch = run.config.train.global_batch
+    shard, shards = sharding.loader_shard(run.mesh, batch)
+    random_crops = tuple(run.config.data.crop_scale) != (1.0, 1.0)
+    local = arrays.batches(run.source, seed=run.config.seed, first=first, last=last, batch=batch, shard=shard,
+                           shards=shards, random_crops=random_crops)  # fmt: skip
+    return (sharding.to_devices(run.mesh, rows, batch) for rows in local)
+
+
+def fit_codebook(run: Run, network: train_step.Params) -> quantize.Codebook:
+    """A codebook by k-means on the network's latents for a random sample of the training source, on all devices."""
+    config, model, batch = run.config, run.model, run.config.train.global_batch
+    tokens = model.grid[0] * model.grid[1]
+    wanted = -(-KMEANS_LATENTS_PER_CODE * model.codebook_size // tokens)
+    count = max(min(len(run.source), wanted) // batch, 1) * batch  # whole batches: one shape to compile
+    sample = np.random.default_rng([config.seed, 3]).choice(len(run.source), count, replace=False)
+    local = sharding.on_one_device(network)
+    encode = jax.jit(lambda network, x: vqvae_model.encode(model, network, preprocess.to_input(model, run.stats, x)))
+    chunks = [encode(local, run.source.read(rows)) for rows in sample.reshape(-1, batch)]
+    latents = jnp.concatenate(chunks).reshape(-1, model.latent_dim)
+    key = jax.random.fold_in(jax.random.key(config.seed), run.steps)
+    codebook = quantize.kmeans_init(model, key, latents, batch * tokens)
+    everywhere = sharding.replicated(run.mesh)
+    put = lambda x: jax.make_array_from_callback(x.shape, everywhere, np.asarray(x).__getitem__)  # noqa: E731
+    return jax.tree.map(put, codebook)
+
+
+def tokenizer_of(run: Run, state: train_step.State) -> Tokenizer:
+    """The tokenizer with the averaged weights, on one device."""
+    params = sharding.on_one_device(state.get("ema", state["params"]["network"]))
+    codebook = sharding.on_one_device(state["params"].get("codebook", {}))
+    return Tokenizer(run.model, params, codebook, run.stats)
+
+
+def _meta(config: Any, step: int, identity: dict[str, Any]) -> dict[str, Any]:
+    return {"format": checkpoint.FORMAT, "step": step, "identity": identity,
+            "config": json.loads(config.to_json_best_effort())}  # fmt: skip
+
+
+def _multiple(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+# ---- the command
+
+
+def run_to_file(config: Any, workdir: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
+    """Trains and writes the file and its picture; the numbers are those of the file, with its rounded weights."""
     from PIL import Image
 
-    out = pathlib.Path(out)
-    fields = config.model.to_dict()
-    train_arrays, val_arrays = (load_arrays(config.model.domain, path) for path in (config.train_pack, config.val_pack))
-    if config.model.domain == "semseg":
-        fields |= semseg_labels(config.train_pack)
-    model = VQConfig.from_dict(fields)
-    stats = preprocess.feature_stats(train_arrays) if model.domain == "features" else {}
-    print(f"tokenizer {model.name}: {len(train_arrays)} arrays to train on, {len(val_arrays)} held out", flush=True)
-
-    io.save(out, fit(config, model, train_arrays, stats), dtype=config.store_dtype)
-    tokenizer = io.load(out)  # numbers and picture are those of the file, with its rounded weights
-    numbers = evaluate(tokenizer, val_arrays)
-    Image.fromarray(picture_sheet(tokenizer, val_arrays)).save(out.with_suffix(".png"))
+    result = train(config, workdir)
+    if not result.numbers or jax.process_index():
+        return result.numbers
+    io.save(out, result.tokenizer, dtype=config.store_dtype)
+    tokenizer = io.load(out)
+    held_out = _open(config, tokenizer.config, "data.validation")
+    shown = held_out.read(np.arange(min(config.eval.samples or len(held_out), len(held_out))))
+    numbers = evaluate(tokenizer, shown)
+    Image.fromarray(picture_sheet(tokenizer, shown)).save(out.with_suffix(".png"))
     listed = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-    print(f"tokenizer {model.name}: {listed}; wrote {out} ({out.stat().st_size / 1e6:.2f} MB) and {out.stem}.png")
+    print(f"tokenizer {tokenizer.name}: {listed}; wrote {out} ({out.stat().st_size / 1e6:.2f} MB) and {out.stem}.png")
     return numbers
 
 
-def main() -> None:
-    """Command line: --config=FILE:ARGUMENT --out=PATH [--config.key=value ...]."""
-    from absl import app, flags
-    from ml_collections import config_flags
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 1 for a loss that is not finite, 2 for a run that cannot start."""
+    try:
+        config, workdir, out = train_config.from_command_line(sys.argv if argv is None else argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    from fm4m.train import start_processes
 
-    config_flag = config_flags.DEFINE_config_file("config", None, "Configuration file, with :domain.", lock_config=True)
-    out_flag = flags.DEFINE_string("out", None, "Where the safetensors file goes; a PNG of that name lands beside it.")
-    flags.mark_flags_as_required(["config", "out"])
-
-    def start(_) -> None:  # what the main function returns would become the exit status
-        run(config_flag.value, out_flag.value)
-
-    app.run(start)
+    start_processes()
+    log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    try:
+        run_to_file(config, workdir, out)
+    except (ConfigError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

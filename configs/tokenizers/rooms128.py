@@ -1,0 +1,32 @@
+"""Tokenizers of the built-in rooms data set at 128 pixels; the argument is the domain.
+
+Command:  python -m data_pipelines.rooms.generate --out=data/rooms128 --split=train --count=4096 --resolution=128
+          python -m data_pipelines.rooms.generate --out=data/rooms128 --split=val --count=128 --resolution=128
+          python -m fm4m.tokenizers.train --config=configs/tokenizers/rooms128.py:depth --out=depth128.safetensors
+          (depth, normal, semseg or rgb; the features of rooms are the same at any size, see rooms.py)
+
+Codes form a 16 x 16 grid of patches of 8 pixels, as many pixels a code as at 64 pixels: patches of 16 would ask each
+code to say four times as much, and 8 pixels keep chair legs and table edges.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from configs.tokenizers import rooms
+
+DOMAINS = ("rgb", "depth", "normal", "semseg")
+
+
+def get_config(domain: str) -> ml_collections.ConfigDict:
+    """Training of one tokenizer: rgb, depth, normal or semseg."""
+    if domain not in DOMAINS:
+        raise ValueError(
+            f"no tokenizer for {domain!r}; write --config=configs/tokenizers/rooms128.py:NAME with one of "
+            f"{', '.join(DOMAINS)}"
+        )
+    config = rooms.get_config(domain)
+    config.model.image_size = (128, 128)
+    pattern = "rooms:data/rooms128/rooms_{}*.zip"
+    config.data.train, config.data.validation = pattern.format("train"), pattern.format("val")
+    return config
