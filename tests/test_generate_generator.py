@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -15,8 +16,8 @@ from test_generate import CONFIG
 
 from fm4m import model
 from fm4m.batch import Tokens
-from fm4m.generate import Condition, Generator, Target, cached, make_canvas, sampling
-from fm4m.generate.canvas import encoder_tokens
+from fm4m.generate import Condition, Generator, Target, cached, engine, make_canvas, sampling
+from fm4m.generate.canvas import encoder_tokens, without
 from fm4m.modalities import FIRST_SENTINEL_ID, Modality, ModalitySet
 
 S1 = FIRST_SENTINEL_ID
@@ -60,6 +61,17 @@ def test_the_cached_decoder_gives_what_the_whole_prefix_gives(generator):
         token = jax.tree.map(lambda x, t=t: x[:, t : t + 1], query)
         hidden, cache = cached.step(params, CONFIG, SET, layers, cache, token, jnp.asarray(t))
         np.testing.assert_allclose(hidden, whole[:, t], atol=2e-5)
+
+
+def test_branches_of_different_sizes_and_registers_change_nothing(generator):
+    config = dataclasses.replace(CONFIG, num_register_tokens=3)
+    params = model.init_params(config, SET, jax.random.key(1))
+    canvas = given(2)
+    branches = (without(canvas, SET, ["rgb"]), canvas)
+    one, other = (engine.encode(params, config, SET, branches, slots) for slots in ((4, 4), (1, 4)))
+    assert one.hidden.shape == (4, 7, CONFIG.dim) and one.valid.sum() == other.valid.sum() == 4 * 3 + 2 * 4
+    seen = np.asarray(one.valid)
+    np.testing.assert_allclose(np.asarray(one.hidden)[seen], np.asarray(other.hidden)[seen], atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["roar", "maskgit"])

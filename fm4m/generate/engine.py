@@ -1,8 +1,9 @@
 """The jitted programs of generation: some tokens of a grid, or a whole sequence.
 
 Every program works on branches: canvases of the same samples that differ in the conditions they show. The first is the
-unconditional one; with it alone there is no guidance. What is generated is written to all branches. The decoder sees
-all branches in one batch.
+unconditional one; with it alone there is no guidance. What is generated is written to all branches. Branches that show
+equally many tokens run in one batch, and those of a sequence always: there a token costs one pass over the weights,
+whatever the batch.
 
 MaskGIT (Chang et al. 2022) samples all open cells and keeps the most confident; ROAR (4M, generation) samples cells in
 a random order, those of one step independently of each other; sequences are decoded from left to right.
@@ -55,21 +56,30 @@ def encode(
     params: Params, config: model_lib.ModelConfig, modalities: ModalitySet, branches: Branches, slots: tuple[int, ...]
 ) -> model_lib.Encoded:
     """The encoder's output for all branches, [branches * B, most slots, D]; branches of one size run together."""
+    parts = _by_size(params, config, modalities, branches, slots, lambda encoded, copies: encoded)
+    most = max(part.valid.shape[1] for part in parts)
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, most - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    return _concatenate([jax.tree.map(pad, part) for part in parts])
+
+
+def _by_size(params, config, modalities, branches, slots, function) -> list:
+    """``function(encoded, copies)`` of every branch; those with as many slots are encoded, and given to it, together.
+
+    ``encoded`` is [copies * B, ...], and so are the leaves of what the function returns.
+    """
     out: list = [None] * len(branches)
     for size in sorted(set(slots)):
         some = [i for i, n in enumerate(slots) if n == size]
         tokens = _concatenate([encoder_tokens(branches[i], modalities, size) for i in some])
         dense = _concatenate([branches[i].dense for i in some])
-        encoded = model_lib.encode(params, config, modalities, tokens, dense)
+        result = function(model_lib.encode(params, config, modalities, tokens, dense), len(some))
         for part, i in enumerate(some):
             rows = slice(part * branches[i].size, (part + 1) * branches[i].size)
-            out[i] = jax.tree.map(lambda x, rows=rows: x[rows], encoded)
-    most = max(x.valid.shape[1] for x in out)
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, most - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-
-    return _concatenate([jax.tree.map(pad, x) for x in out])
+            out[i] = jax.tree.map(lambda x, rows=rows: x[rows], result)
+    return out
 
 
 def _concatenate(trees: list) -> Any:
@@ -135,20 +145,16 @@ def grid_step(
 
 def _grid_logits(params, branches, weights, position, valid, config, modalities, step):
     """Guided logits [B, slots, V] of some cells; they see each other all, whatever the decoder's masks in training."""
-    encoded = encode(params, config, modalities, branches, step.slots)
-    repeat = lambda x: jnp.tile(x, (len(branches), 1))  # noqa: E731
-    index = modalities.index(step.target)
-    query = Tokens(
-        jnp.zeros_like(repeat(position)),
-        jnp.full_like(repeat(position), index),
-        repeat(position) + modalities.position_offset[step.target],
-        repeat(valid),
-    )
-    nobody = jnp.zeros_like(query.row)
-    own = Visibility(nobody, nobody, jnp.where(query.valid, 0, -1), nobody)
-    hidden = model_lib.decode(params, config, modalities, encoded, query, own=own)
-    logits = model_lib.own_logits(params, config, modalities, step.target, hidden)
-    return guide(logits.reshape(len(branches), -1, *logits.shape[1:]), weights)
+
+    def decoded(encoded: model_lib.Encoded, copies: int) -> jax.Array:
+        place = jnp.tile(position + modalities.position_offset[step.target], (copies, 1))
+        zeros = jnp.zeros_like(place)
+        query = Tokens(zeros, zeros + modalities.index(step.target), place, jnp.tile(valid, (copies, 1)))
+        own = Visibility(zeros, zeros, jnp.where(query.valid, 0, -1), zeros)
+        hidden = model_lib.decode(params, config, modalities, encoded, query, own=own)
+        return model_lib.own_logits(params, config, modalities, step.target, hidden)
+
+    return guide(jnp.stack(_by_size(params, config, modalities, branches, step.slots, decoded)), weights)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "modalities", "target", "slots", "chosen", "length"))

@@ -18,11 +18,13 @@ from fm4m import sharding
 from fm4m.generate import engine, schedules
 from fm4m.generate.canvas import Canvas, without
 from fm4m.generate.sampling import Filter
-from fm4m.modalities import FIRST_SENTINEL_ID, ModalitySet, unknown_name
+from fm4m.modalities import FIRST_SENTINEL_ID, ModalitySet, round_up, unknown_name
 
 SCHEMES = {"tokens": ("roar", "maskgit"), "sequence": ("autoregressive",)}
-# Encoder slots and queried cells are rounded up to a multiple of this, so that the steps of a target share programs.
-SLOT_MULTIPLE = 64
+# Programs are compiled for numbers of tokens. To share them, texts and partial grids count as multiples of this many,
+# and a grid that is being generated as one of so many shares of it: eight steps are compiled without any padding.
+TOKEN_MULTIPLE = 32
+GRID_SHARES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,12 +201,14 @@ class Generator:
         keys = self._keys(key, branches)
         order = self._order(keys, m.max_tokens)
         # Counted once and then by the schedule, so that no step waits for the one before it.
-        shown, open_cells, done = self._shown(branches), m.max_tokens - int(known.min()), 0
+        shown, share = self._shown(branches, plan.name), -(-m.max_tokens // GRID_SHARES)
+        first, last, done = int(known.min()), int(known.max()), 0
         for i, (count, temperature) in enumerate(zip(counts, temperatures, strict=True)):
             if count:
-                queries = max(counts) if plan.scheme == "roar" else _rounded(open_cells - done, m.max_tokens)
-                more = done if plan.name in self.modalities.inputs else 0
-                slots = tuple(_rounded(n + more, room) for n, room in shown)
+                open_cells = _rounded(m.max_tokens - first - done, m.max_tokens, share)
+                queries = max(counts) if plan.scheme == "roar" else open_cells
+                own = _rounded(last + done, m.max_tokens, share) if plan.name in self.modalities.inputs else 0
+                slots = tuple(max(n + own, 1) for n in shown)
                 step = engine.GridStep(plan.name, plan.scheme, queries, slots, plan.filter())
                 step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i + 1)
                 arguments = (weights, step_keys, order, jnp.asarray(count), jnp.asarray(temperature))
@@ -237,7 +241,7 @@ class Generator:
         tell(0, 1)
         generated = self._run(
             engine.sequence, branches, arguments, layouts,
-            target=m.name, slots=tuple(_rounded(n, room) for n, room in self._shown(branches)), chosen=plan.filter(),
+            target=m.name, slots=tuple(max(n, 1) for n in self._shown(branches)), chosen=plan.filter(),
             length=plan.max_tokens,
         )  # fmt: skip
         ids, seen = np.zeros((full.size, m.max_tokens), np.int32), np.zeros((full.size, m.max_tokens), bool)
@@ -250,12 +254,13 @@ class Generator:
     def _keys(self, key: jax.Array, branches: engine.Branches) -> jax.Array:
         return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(branches[0].size))
 
-    def _shown(self, branches: engine.Branches) -> list[tuple[int, int]]:
-        """Of each branch: most tokens that the encoder sees of a sample, and slots of all its modalities."""
+    def _shown(self, branches: engine.Branches, but: str = "") -> list[int]:
+        """Encoder slots that each branch needs for all modalities, or for all but one."""
         out = []
         for branch in branches:
-            seen = [np.asarray(s) for name, s in branch.seen.items() if name in self.modalities.inputs]
-            out.append((max(int(sum(s.sum(1) for s in seen).max()), 1), sum(s.shape[1] for s in seen)))
+            names = [name for name in branch.seen if name in self.modalities.inputs and name != but]
+            counts = [(int(np.asarray(branch.seen[n]).sum(1).max()), self.modalities[n].max_tokens) for n in names]
+            out.append(sum(_rounded(count, most, TOKEN_MULTIPLE) for count, most in counts))
         return out
 
     def _run(self, function, branches, arguments: tuple, layouts: tuple, **static: Any) -> Any:
@@ -273,8 +278,8 @@ def _over_devices(function: Callable, mesh: Mesh, layouts: tuple, static: tuple)
     return jax.jit(sharding.local_rows(local, mesh, (P(), sharding.BATCH, *layouts), sharding.BATCH))
 
 
-def _rounded(count: int, room: int) -> int:
-    return min(-(-count // SLOT_MULTIPLE) * SLOT_MULTIPLE, room)
+def _rounded(count: int, most: int, multiple: int) -> int:
+    return min(round_up(count, multiple), most)
 
 
 def _with_targets(canvas: Canvas, modalities: ModalitySet, names: Sequence[str]) -> Canvas:
