@@ -119,7 +119,8 @@ class _Rows:
 
     def __init__(self, samples: grain.MapDataset, position: int, global_batch: int, endless: bool):
         self._samples, self._position = samples, position
-        left = max(len(samples) - position, 0)
+        # Grain divides lengths as floating-point numbers: sys.maxsize batches of one sample would be one too many.
+        left = min(max(len(samples) - position, 0), 2**62)
         self._length = (left if endless else left + global_batch - 1) // global_batch * global_batch
 
     def __len__(self) -> int:

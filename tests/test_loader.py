@@ -86,6 +86,11 @@ def test_resume_with_other_shards_and_batches(mixture, shards):
     assert_same(odd, {k: v[37:61] for k, v in straight.items()})
 
 
+def test_a_batch_may_be_one_sample(mixture):
+    stream = loader.open_stream("xy", "train")
+    assert_same(rows(take(stream, 4, position=3, global_batch=1)), rows(take(stream, 1, position=3, global_batch=4)))
+
+
 def test_each_pass_has_each_sample_once_and_seeds_differ(mixture):
     stream = loader.open_stream("xy", "train", seed=1)
     everything = rows(take(stream, 8, position=0, global_batch=20))
