@@ -9,6 +9,7 @@ to continue from the newest checkpoint; the result is the same, bit for bit, as 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -22,7 +23,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm4m import checkpoint, evaluate, flops, loading, metrics, optim, recipes, sharding, transplant
+from fm4m import (
+    checkpoint,
+    evaluate,
+    exit_codes,
+    flops,
+    loading,
+    metrics,
+    optim,
+    preemption,
+    recipes,
+    sharding,
+    transplant,
+)
 from fm4m import config as config_lib
 from fm4m import model as model_lib
 from fm4m import step as step_lib
@@ -47,11 +60,13 @@ class Result:
       step: optimizer steps made in all.
       state: the train state.
       losses: {"start", "end", "frequency"}: validation loss by modality, as far as they were computed.
+      preempted: the run was told to stop (SIGTERM) before its end; everything is saved.
     """
 
     step: int
     state: step_lib.State
     losses: dict[str, dict[str, float]]
+    preempted: bool = False
 
 
 def train(
@@ -229,6 +244,8 @@ def train(
         if sample_pictures is not None:
             pictures[:] = writer.pictures(step, sample_pictures(sharding.on_one_device(weights(state)), step))
 
+    told, notice = False, contextlib.ExitStack()
+    stopping = notice.enter_context(preemption.Notice())
     try:
         for step in range(first + 1, stop + 1):
             # Nothing may cross between host and devices unnoticed. Batches are sent outside the guard: with several
@@ -240,8 +257,10 @@ def train(
             finish(pending)
             pending = step, values
             last = step == steps
+            told = stopping.reached(step) and not last
             if (
                 last
+                or told
                 or step == stop
                 or checkpoints.due(step)
                 or _multiple(step, config.eval.every)
@@ -250,8 +269,12 @@ def train(
                 finish(pending)
                 pending = None
                 window.pause()
-                if last or checkpoints.due(step):
+                if last or told or checkpoints.due(step):
                     checkpoints.save(state, describe(step, position))
+                if told:
+                    # Nothing else: the machine may be gone in some tens of seconds.
+                    stop = step
+                    break
                 if last or _multiple(step, config.eval.every):
                     validate(step)
                 if last or _multiple(step, config.log.pictures_every):
@@ -264,18 +287,20 @@ def train(
     finally:
         progress.close()
         checkpoints.wait()
+        notice.close()
         checkpoints.close()
         writer.close()
 
     chapter("Result")
     if stop < steps:
-        log.info("stopped at step %d of %d (train.stop_after)", stop, steps)
+        why = "SIGTERM; saved, the same command continues" if told else "train.stop_after"
+        log.info("stopped at step %d of %d (%s)", stop, steps, why)
     if losses and lead:
         order = {k: losses[k] for k in ("start", "end", "frequency") if k in losses}
         log.info("validation loss, nats a token\n%s", metrics.loss_table(order))
     for picture in pictures:
         log.info("picture of what the model predicts: %s", picture)
-    return Result(max(first, stop), state, losses)
+    return Result(max(first, stop), state, losses, told)
 
 
 # ---- what the chapters use
@@ -415,7 +440,7 @@ def sample_sheet(config: Any, stream: Stream) -> PictureHook | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 1 for a loss that is not finite, 2 for a run that cannot start."""
+    """The command line; returns one of `fm4m.exit_codes`."""
     config, workdir = config_lib.from_command_line(sys.argv if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     start_processes()
@@ -424,14 +449,14 @@ def main(argv: list[str] | None = None) -> int:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     try:
         train_stream, eval_stream = open_streams(config)
-        train(config, workdir, train_stream, eval_stream, sample_sheet(config, eval_stream))
+        result = train(config, workdir, train_stream, eval_stream, sample_sheet(config, eval_stream))
     except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_codes.CANNOT_START
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return exit_codes.FAILED
+    return exit_codes.PREEMPTED if result.preempted else exit_codes.DONE
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny_run import MODALITIES, TinyStream, tiny_config
 
-from fm4m import checkpoint, evaluate, metrics, optim, sharding, step, train
+from fm4m import checkpoint, evaluate, exit_codes, metrics, optim, sharding, step, train
 from fm4m.checkpoint import CheckpointError
 from fm4m.config import ConfigError
 from fm4m.masking import mask_batch
@@ -181,20 +181,25 @@ def test_killed_runs_continue_bit_for_bit(tmp_path):
     def steps():
         return [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder.is_dir() else []
 
-    def kill_when(condition, delay):
+    def end_when(condition, delay, how):
         process = start(tmp_path / "b", tmp_path / "b.npz", *options, "pause=0.05")
         deadline = time.time() + TIMEOUT
         while not condition() and process.poll() is None and time.time() < deadline:
             time.sleep(0.0005)
         time.sleep(delay)
         assert process.poll() is None, (tmp_path / "b.npz.log").read_text()[-3000:]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return max(steps(), default=0)
+        process.send_signal(how)
+        return process.wait(timeout=TIMEOUT), max(steps(), default=0)
 
     # At a random moment after the first checkpoint, then while a checkpoint is being written.
-    first = kill_when(steps, rng.uniform(0, 0.4))
-    kill_when(lambda: max(steps()) > first and any("tmp" in p.name for p in folder.iterdir()), 0.0)
+    _, first = end_when(steps, rng.uniform(0, 0.4), signal.SIGKILL)
+    _, second = end_when(
+        lambda: max(steps()) > first and any("tmp" in p.name for p in folder.iterdir()), 0.0, signal.SIGKILL
+    )
+    # The notice of a preemption: saved after the step it is in.
+    code, third = end_when(lambda: max(steps()) > second, 0.0, signal.SIGTERM)
+    assert code == exit_codes.PREEMPTED and third > second
+    assert f"stopped at step {third} of 24 (SIGTERM" in (tmp_path / "b.npz.log").read_text()
     resumed = finish(start(tmp_path / "b", tmp_path / "b.npz", *options), tmp_path / "b.npz")
     assert "continuing at step" in (tmp_path / "b.npz.log").read_text()
     for name, value in straight.items():

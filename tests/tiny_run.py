@@ -102,7 +102,7 @@ def picture_of(params, step):
 def main():
     import logging
 
-    from fm4m import sharding, train
+    from fm4m import exit_codes, sharding, train
 
     workdir, out, *pairs = sys.argv[1:]
     options = dict(pair.split("=", 1) for pair in pairs)
@@ -119,6 +119,7 @@ def main():
         save_params(out, whole)
     if jax.process_count() > 1:
         jax.distributed.shutdown()
+    sys.exit(exit_codes.PREEMPTED if result.preempted else exit_codes.DONE)
 
 
 if __name__ == "__main__":
