@@ -147,6 +147,22 @@ class Records:
         return self._readers[shard]
 
 
+class Joined:
+    """One sample from the same record of several modalities."""
+
+    def __init__(self, records: Mapping[str, Records]):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(next(iter(self._records.values())))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: records[index] for name, records in self._records.items()}
+
+    def where(self, index: int, modality: str) -> str:
+        return self._records[modality].where(index) if modality in self._records else f"sample {index}"
+
+
 def verify(root: str | os.PathLike, split: str) -> dict[str, int]:
     """Reads everything in a split: hashes of the files, alignment, length and vocabulary of every record.
 

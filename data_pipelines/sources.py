@@ -17,7 +17,7 @@ import numpy as np
 import seqio
 
 from data_pipelines.manifest import check_aligned, read_manifest
-from data_pipelines.records import Records
+from data_pipelines.records import Joined, Records
 from fm4m import modalities as modalities_lib
 
 Sample = dict[str, np.ndarray]
@@ -107,7 +107,7 @@ class TokenSource(RandomAccessSource):
             if not self._prepare:
                 raise
             raise type(error)(f"{error}. The files are prepared by: {self._prepare}") from error
-        return _Joined(joined)
+        return Joined(joined)
 
     def describe(self, split: str, modalities: Sequence[str]) -> dict:
         entries = read_manifest(self.root, split)["modalities"]
@@ -127,22 +127,6 @@ class TokenSource(RandomAccessSource):
     def num_input_examples(self, split: str) -> int:
         entries = read_manifest(self.root, split)["modalities"]
         return sum(f["records"] for f in next(iter(entries.values()))["files"])
-
-
-class _Joined:
-    """One sample from the same record of several modalities."""
-
-    def __init__(self, records: Mapping[str, Records]):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(next(iter(self._records.values())))
-
-    def __getitem__(self, index: int) -> Sample:
-        return {name: records[index] for name, records in self._records.items()}
-
-    def where(self, index: int, modality: str) -> str:
-        return self._records[modality].where(index) if modality in self._records else f"sample {index}"
 
 
 class ArraySource(RandomAccessSource):

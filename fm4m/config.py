@@ -13,7 +13,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -240,8 +240,8 @@ def duration_steps(text: str, key: str, *, global_batch: int, tokens_per_sample:
     return math.ceil(samples / global_batch)
 
 
-def validate(c: ml_collections.ConfigDict) -> None:
-    """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
+def requirements(c: ml_collections.ConfigDict) -> Callable[[bool, str, str], None]:
+    """``need(ok, key, what)``, which raises a ConfigError of the key, its value and what is allowed unless ``ok``."""
 
     def need(ok: bool, key: str, what: str) -> None:
         if not ok:
@@ -250,6 +250,13 @@ def validate(c: ml_collections.ConfigDict) -> None:
                 value = value[part]
             raise ConfigError(f"{key} = {value!r}: {what}")
 
+    return need
+
+
+def validate(c: ml_collections.ConfigDict) -> None:
+    """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
+
+    need = requirements(c)
     need(c.seed >= 0, "seed", "must be 0 or more")
     need(bool(c.data.mixture), "data.mixture", "name the mixture to train on")
     for key in ("num_inputs", "num_targets"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipelines.manifest import MANIFEST, check_aligned, read_manifest
-from data_pipelines.records import Records
+from data_pipelines.records import Joined, Records
 from fm4m.modalities import Modality
 
 if TYPE_CHECKING:
@@ -104,19 +104,8 @@ def _open_folder(root: pathlib.Path, split: str) -> Opened:
         raise ValueError(f"{root / split / MANIFEST} lists no modality: prepare the set again")
     modalities = tuple(Modality.from_dict(entries[name]["modality"]) for name in entries)
     check_aligned(root / split, entries, list(entries))
-    joined = _Joined({m.name: Records(root, split, m, manifest) for m in modalities})
+    joined = Joined({m.name: Records(root, split, m, manifest) for m in modalities})
     return Opened(root.resolve().name, split, modalities, joined, _origins(root, split, list(entries)))
-
-
-class _Joined:
-    def __init__(self, records: Mapping[str, Records]):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(next(iter(self._records.values())))
-
-    def __getitem__(self, index: int) -> Sample:
-        return {name: records[index] for name, records in self._records.items()}
 
 
 def _open_registered(name: str, split: str, seed: int) -> Opened:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fm4m import model, sharding
 from fm4m.batch import RawBatch, Tokens
-from fm4m.generate import canvas
+from fm4m.generate import cached, canvas
 from fm4m.modalities import FIRST_SENTINEL_ID, PAD_ID, ModalitySet
 
 
@@ -56,22 +56,22 @@ def _sequence(params, config, modalities: ModalitySet, name: str, encoded) -> ja
     slots = jnp.arange(m.max_tokens, dtype=jnp.int32)
     position = jnp.where(slots < (m.max_positions or m.max_tokens), slots, 0) + modalities.position_offset[name]
 
-    def step(t, ids):
-        # The whole prefix is decoded again for every token; captions and boxes here are tens of tokens long.
-        prefix = Tokens(
-            ids + modalities.output_offset[name],
-            jnp.full(shape, i, jnp.int32),
-            jnp.broadcast_to(position, shape),
-            jnp.broadcast_to(slots <= t, shape),
+    layers = cached.layers_of(params, config)
+
+    def step(t, carry):
+        ids, cache = carry
+        at = lambda x: jax.lax.dynamic_slice_in_dim(jnp.broadcast_to(x, shape), t, 1, axis=1)  # noqa: E731
+        token = Tokens(
+            at(ids + modalities.output_offset[name]), at(jnp.int32(i)), at(position), jnp.ones((shape[0], 1), bool)
         )
-        hidden = model.decode(params, config, modalities, encoded, prefix)
-        last = jax.lax.dynamic_index_in_dim(hidden, t, axis=1, keepdims=False)
-        token = jnp.argmax(model.own_logits(params, config, modalities, name, last), -1).astype(jnp.int32)
-        return jax.lax.dynamic_update_index_in_dim(ids, token, t + 1, axis=1)
+        hidden, cache = cached.step(params, config, modalities, layers, cache, token, t)
+        token = jnp.argmax(model.own_logits(params, config, modalities, name, hidden), -1).astype(jnp.int32)
+        return jax.lax.dynamic_update_index_in_dim(ids, token, t + 1, axis=1), cache
 
     # An empty sequence as input is one masked span; its target starts with that span's sentinel (4M, masking).
     ids = jnp.full(shape, PAD_ID, jnp.int32).at[:, 0].set(FIRST_SENTINEL_ID)
-    ids = jax.lax.fori_loop(0, m.max_tokens - 1, step, ids)
+    cache = cached.start(params, config, layers, model.Encoded(*encoded), m.max_tokens)
+    ids, _ = jax.lax.fori_loop(0, m.max_tokens - 1, step, (ids, cache))
     ids = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=PAD_ID)
     closed = jnp.cumsum(ids == FIRST_SENTINEL_ID + 1, axis=1) > 0
     return jnp.where(closed, PAD_ID, ids)

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from ml_collections.config_dict import placeholder
 
 from fm4m import modalities
-from fm4m.config import SCHEDULES, ConfigError
+from fm4m.config import SCHEDULES, ConfigError, requirements
 from fm4m.tokenizers import arrays
 from fm4m.tokenizers.config import VQConfig
 
@@ -208,13 +208,7 @@ def sizes(c: ml_collections.ConfigDict, model: VQConfig) -> tuple[tuple[int, int
 def validate(c: ml_collections.ConfigDict) -> None:
     """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
 
-    def need(ok: bool, key: str, what: str) -> None:
-        if not ok:
-            value = c
-            for part in key.split("."):
-                value = value[part]
-            raise ConfigError(f"{key} = {value!r}: {what}")
-
+    need = requirements(c)
     need(c.seed >= 0, "seed", "must be 0 or more")
     for key in ("train", "validation"):
         need(bool(c.data[key]), f"data.{key}", f"name a source, {', '.join(f'{k}:PATH' for k in arrays.KINDS)}")
