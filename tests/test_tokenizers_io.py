@@ -24,10 +24,10 @@ SMALL = {
 
 # Codes of the shipped tokenizers for `test_shipped_tokenizers_give_the_codes_they_gave`.
 SHIPPED = {
-    "rgb": (492, 777, 717, 335, 577, 826, 640, 743, 586, 887, 450, 492),
-    "depth": (95, 110, 36, 39, 27, 43, 18, 109, 26, 18, 82, 27),
-    "normal": (93, 59, 59, 13, 93, 90, 13, 59, 74, 13, 33, 26),
-    "semseg": (58, 39, 94, 28, 111, 71, 104, 28, 111, 28, 111, 101),
+    "rgb": (499, 54, 530, 933, 841, 499, 717, 463, 120, 326, 904, 484),
+    "depth": (71, 61, 88, 1, 17, 114, 90, 6, 5, 64, 88, 101),
+    "normal": (30, 30, 20, 20, 45, 24, 20, 30, 73, 20, 20, 20),
+    "semseg": (121, 118, 57, 2, 24, 57, 0, 46, 113, 118, 113, 2),
     "features": (1000, 1000, 1000, 648, 1000, 1000, 1000, 581, 1000, 730, 581, 1000),
 }
 
@@ -148,7 +148,7 @@ def test_diffusion_decoder_is_seeded_and_rows_have_their_own_noise(monkeypatch):
 
 @pytest.mark.parametrize("domain", some_fast("semseg", "features")[:5])
 def test_shipped_tokenizers_give_the_codes_they_gave(domain, request):
-    """Files of the first format; the first codes of two noise images, by the program that wrote the files."""
+    """The first codes of two noise images: records made with these files stay readable only as long as they hold."""
     path = request.config.rootpath / "data_pipelines" / "rooms" / "tokenizers" / f"{domain}.safetensors"
     tokenizer = io.load(path)
     rng = np.random.default_rng(0)
