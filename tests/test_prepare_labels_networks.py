@@ -264,3 +264,25 @@ def test_lite0_gives_the_extractors_outputs(monkeypatch, output, shape):
     labeller = labels.make("lite0", output=output, path="weights.pth", batch_size=2)
     assert labeller.domain == output and labeller.name == f"efficientnet-lite0@256-01234567-{output}"
     assert labeller.label(np.zeros((2, 64, 64, 3), np.uint8)).shape == shape
+
+
+# ---- A published ONNX network
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("rapidocr_onnxruntime") is None,
+    reason="PP-OCRv3's weights are not installed: pip install --no-deps rapidocr-onnxruntime==1.2.3",
+)
+def test_a_text_detector_finds_the_lines_of_a_page():
+    from PIL import Image
+
+    data = pytest.importorskip("skimage.data", reason="scikit-image, whose photographs are labelled, is not installed")
+    folder = importlib.util.find_spec("rapidocr_onnxruntime").submodule_search_locations[0]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    path = os.path.join(folder, "models", "ch_PP-OCRv3_det_infer.onnx")
+    labeller = labels.make("onnx", model=path, output="edges", size=320, mean=mean, std=std)
+    page = Image.fromarray(data.page()).convert("RGB").resize((320, 320), Image.Resampling.BILINEAR)
+    (found,) = labeller.label(np.asarray(page)[None])
+    # The page has seven lines of text that are wide enough to read; each is one run of rows that are a third text.
+    rows = np.r_[False, (found[:, 20:200] > 127).mean(1) > 0.33, False]
+    assert (np.diff(rows.astype(int)) == 1).sum() == 7

@@ -1,12 +1,14 @@
-"""Tokenizers of the built-in rooms data set at 128 pixels; the argument is the domain.
+"""Tokenizers of the built-in rooms data set at 128 pixels, from those at 64; the argument is the domain.
 
-Command:  python -m data_pipelines.rooms.generate --out=data/rooms128 --split=train --count=4096 --resolution=128
+Command:  python -m data_pipelines.rooms.generate --out=data/rooms128 --split=train --count=2048 --resolution=128
           python -m data_pipelines.rooms.generate --out=data/rooms128 --split=val --count=128 --resolution=128
           python -m fm4m.tokenizers.train --config=configs/tokenizers/rooms128.py:depth --out=depth128.safetensors
           (depth, normal, semseg or rgb; the features of rooms are the same at any size, see rooms.py)
 
 Codes form a 16 x 16 grid of patches of 8 pixels, as many pixels a code as at 64 pixels: patches of 16 would ask each
-code to say four times as much, and 8 pixels keep chair legs and table edges.
+code to say four times as much, and 8 pixels keep chair legs and table edges. So weights and codes of the shipped
+tokenizers fit (positions are computed for any grid), and training goes on from them at the larger size, as the
+reference implementation trains its multi-resolution tokenizers.
 """
 
 from __future__ import annotations
@@ -27,6 +29,15 @@ def get_config(domain: str) -> ml_collections.ConfigDict:
         )
     config = rooms.get_config(domain)
     config.model.image_size = (128, 128)
+    config.train.init_from = f"data_pipelines/rooms/tokenizers/{domain}.safetensors"
+    config.train.total = "500 steps"
+    config.train.autoencoder_steps = 0
+    config.codebook.kmeans = False
+    # A learning rate of 5e-4, a quarter of what the shipped ones were trained with.
+    config.train.global_batch = 8
+    config.optimizer.blr = 0.016
+    config.optimizer.warmup = "50 steps"
+    config.optimizer.ema = 0.99
     pattern = "rooms:data/rooms128/rooms_{}*.zip"
     config.data.train, config.data.validation = pattern.format("train"), pattern.format("val")
     return config
