@@ -13,7 +13,7 @@ import pytest
 from fixtures import FIXTURES, needs_fixtures
 from reference_batches import mod7
 
-from fm4m.generate import engine, sampling
+from fm4m.generate import Generator, Target, engine, sampling, schedules
 from fm4m.generate.canvas import Canvas, without
 from fm4m.interop.ml4m import Source
 
@@ -110,10 +110,10 @@ def branches_of(arrays, name, meta, modalities):
     return (without(full, modalities, conditions), full), scale
 
 
-def roar_order(arrays, name, count, cells):
+def roar_order(arrays, prefix, count, cells):
     order = np.full((2, cells), 1e9, np.float32)
     for i in range(count):
-        position = arrays[f"{name}/step{i}/pos"]
+        position = arrays[f"{prefix}step{i}/pos"]
         for b in range(2):
             order[b, position[b]] = i
     return jnp.asarray(order)
@@ -127,7 +127,7 @@ def test_grids_equal_the_reference_step_by_step_and_freely(model, runs, name):
     cells = modalities[target].max_tokens
     order = jnp.zeros((2, cells))
     if scheme == "roar":
-        order = roar_order(arrays, name, len(meta["steps"]), cells)
+        order = roar_order(arrays, f"{name}/", len(meta["steps"]), cells)
     free = True
     for i, step in enumerate(meta["steps"]):
         told = f"{name}/step{i}/"
@@ -200,6 +200,29 @@ def test_conditions_with_weights_equal_the_reference(model, runs):
         np.testing.assert_array_equal(known, arrays[told + "target_mask"])
         np.testing.assert_array_equal(np.asarray(branches[0].ids[target])[known], arrays[told + "tensor"][known])
     np.testing.assert_array_equal(np.asarray(branches[0].ids[target]), arrays["multiguided_maskgit/final"])
+
+
+def test_a_chain_equals_the_reference(model, runs, monkeypatch):
+    """RGB to CLIP features by ROAR, both to depth by MaskGIT, all three to a caption: one call of the generator."""
+    params, config, modalities = model
+    meta, arrays = runs[0]["chain"], runs[1]
+    counts = {}
+    for step in meta["schedule"]:
+        counts.setdefault(step["target_domain"], []).append(step["num_tokens"])
+    clip, depth, caption = counts
+    assert schedules.token_schedule("cosine", 4, 196) == counts[depth]
+    monkeypatch.setattr(Generator, "_order", lambda *_: roar_order(arrays, "chain/roar_", 4, 196))
+    targets = [
+        Target(clip, steps=4, temperature=0.0),
+        Target(depth, scheme="maskgit", steps=4, temperature=0.0),
+        Target(caption, temperature=0.0, max_tokens=arrays["chain/in/caption/tensor"].shape[1]),
+    ]
+    done = Generator(params, config, modalities)(canvas(arrays, "chain/in/", modalities), targets)
+    for name in (clip, depth):
+        np.testing.assert_array_equal(np.asarray(done.ids[name]), arrays[f"chain/out/{name}/tensor"])
+    length = np.asarray(done.seen[caption]).sum(1)
+    assert set(length) == {arrays["chain/out/caption/tensor"].shape[1]}
+    np.testing.assert_array_equal(np.asarray(done.ids[caption])[:, : length[0]], arrays["chain/out/caption/tensor"])
 
 
 @pytest.mark.parametrize(
