@@ -2,31 +2,43 @@
 
 A step holds one Orbax item for each part of the train state (``params``, ``opt_state``, ``ema`` where there is one) and
 ``meta``, a JSON file: the step, the position in the stream, the seed, the resolved mixture, the modality set, the
-model, the whole configuration, and the versions of the libraries. Nothing is pickled, and `load_params` needs no other
-file.
+model, the whole configuration, the versions of the libraries, and fingerprints of all arrays. Nothing is pickled, and
+`load_params` needs no other file. Steps are read and verified by `fm4m.stored_step`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import itertools
 import logging
 import os
-import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 import fm4m
+from fm4m.agreement import all_or_none, of_lead
+from fm4m.checkpoint_writer import SaveError as SaveError
+from fm4m.checkpoint_writer import Writer
 from fm4m.modalities import ModalitySet
-from fm4m.optim import path_name
 from fm4m.sizes import ModelConfig
+from fm4m.stored_step import (
+    FORMAT,
+    CheckpointError,
+    DamagedError,
+    StoredStep,
+    array_table,
+    brief,
+    run_folder,
+    seal,
+    steps_in,
+)
 
 log = logging.getLogger("fm4m")
-
-FORMAT = 1
 
 # What a run may not change on resume, with the configuration key (or file) to look at.
 IDENTITY = {
@@ -36,9 +48,10 @@ IDENTITY = {
     "model": "model",
 }
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit what is asked of it. The message names the first difference and what to do."""
+# A stored step that is damaged is kept under this name, which no reader takes for a step.
+ASIDE = "damaged-"
+# What all processes raise if one does; the later one is graver.
+ERRORS = (DamagedError, CheckpointError)
 
 
 def make_meta(
@@ -102,10 +115,10 @@ def check_same_run(saved: Mapping, now: Mapping, workdir: str | os.PathLike) -> 
 
 
 class Checkpoints:
-    """The checkpoints of one run folder.
+    """The checkpoints of one run folder; its methods are called by all processes of a run alike.
 
     Args:
-      workdir: folder of the run; checkpoints go to ``<workdir>/checkpoints``.
+      workdir: folder of the run, local or ``gs://...``; checkpoints go to ``<workdir>/checkpoints``.
       every: steps between saves; 0 means only those that are forced.
       keep: how many of the newest stay.
       keep_period: over 0, steps that are multiples of it stay for good.
@@ -123,8 +136,8 @@ class Checkpoints:
         asynchronous: bool = True,
         concurrent_gb: int = 96,
     ):
-        self._workdir, self._every = workdir, every
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._every = every
+        self.folder = run_folder(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_period or None,
@@ -132,90 +145,135 @@ class Checkpoints:
             # A write that was cut short leaves a folder that no reader sees; it is removed at the next start.
             cleanup_tmp_directories=True,
         )
-        # Named here so that shapes can be looked at before anything is restored.
-        handlers: dict[str, Any] = {
-            name: ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gb)
-            for name in ("params", "opt_state", "ema")
-        }
-        handlers["meta"] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._writer = Writer(self.folder, options, concurrent_gb)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
-        return self._manager.latest_step()
+        return max(steps_in(self.folder), default=None)
 
     def due(self, step: int) -> bool:
-        """Whether the policy wants ``step`` saved."""
-        return bool(self._every) and step % self._every == 0
+        """Whether the policy wants ``step`` saved, or a write in the background has failed."""
+        self._writer.look()
+        return (bool(self._every) and step % self._every == 0) or self._writer.failed
 
     def save(self, state: Mapping[str, Any], meta: Mapping) -> None:
-        """Saves a train state {"step", "params", "opt_state", ...} and its description; not twice."""
+        """Saves a train state {"step", "params", "opt_state", ...} and its description; not twice.
+
+        Raises SaveError if it cannot be written. A write in the background that failed is known later: a single
+        process then saves again at the step that it has come to, and waits for that; several raise at the next save.
+        """
+        self._writer.finish()
         step = int(meta["step"])
-        if step in self._manager.all_steps():
+        if step in of_lead(steps_in(self.folder)):
             return
-        items = {name: ocp.args.StandardSave(value) for name, value in state.items() if name != "step"}
-        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(dict(meta))), force=True)
+        parts = {name: value for name, value in state.items() if name != "step"}
+        table, unequal = array_table(parts)
+        if unequal:
+            log.error(
+                "step %d: the copies of %s on several devices differ: a device has computed something else than the "
+                "others; the step is saved, and will be found damaged if it was written from several of them",
+                step, ", ".join(unequal[:5]),
+            )  # fmt: skip
+        self._writer.write(step, parts, seal(meta, table))
 
     def meta(self, step: int) -> dict:
-        """The description stored with a step."""
-        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if found.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{self.folder / str(step)} has format {found.get('format')!r}; this version of fm4m reads {FORMAT}"
-            )
-        return found
+        """The description stored with a step. Raises CheckpointError, or DamagedError if it is not what was saved."""
+        return StoredStep(self.folder, step).meta()
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
-        """Restores the parts of a train state named in ``abstract`` (without "step"), sharded as its leaves say.
+        """Restores and verifies the parts of a train state named in ``abstract`` (without "step"), sharded as its
+        leaves say.
 
         Args:
           step: a step that exists.
           abstract: {"params": tree, ...} of `jax.ShapeDtypeStruct` with shardings.
 
-        Raises CheckpointError naming the first array that is missing, left over, or of another shape.
+        Raises CheckpointError naming the first array that is missing, left over, or of another shape or dtype, and
+        DamagedError for a step that is damaged.
         """
-        for name in sorted(abstract, key=lambda name: name != "params"):  # so that an error names a parameter
-            self._check_arrays(self.shapes(step, name), abstract[name], step, name)
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return {name: restored[name] for name in abstract}
+        stored = StoredStep(self.folder, step)
 
-    def shapes(self, step: int, part: str) -> Any:
-        """The tree of shapes and dtypes of one part of a stored train state."""
-        stored = dict(self._manager.item_metadata(step).items()).get(part)
-        if stored is None:
-            where = f"the checkpoint of step {step} in {self.folder}"
-            why = " (optimizer.ema was 0)" if part == "ema" else ""
-            if part == "opt_state":
-                why = ": imported weights without it cannot be continued; start a new run from them (train.init_from)"
-            raise CheckpointError(f"{where} has no {part!r}{why}")
-        return getattr(stored, "tree", stored)
+        def read() -> dict[str, Any]:
+            stored.check(abstract)
+            return stored.restore(abstract)
 
-    def _check_arrays(self, stored: Any, wanted: Any, step: int, part: str) -> None:
-        have, want = (
-            {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(t)} for t in (stored, wanted)
+        state = all_or_none(read, ERRORS)
+        stored.verify(state)
+        return state
+
+    def restore_newest(
+        self, abstract: Mapping[str, Any], check: Callable[[dict], None] = lambda meta: None
+    ) -> tuple[dict[str, Any], dict] | None:
+        """State and description of the newest step that is whole; None in a folder without steps.
+
+        Steps that are damaged are reported, kept under another name (``damaged-STEP``) and not used. A step that is
+        whole but does not fit is an error: ``check`` gets its description first, then shapes are compared.
+
+        Raises CheckpointError for a step that does not fit, storage that does not answer, a folder that cannot be
+        written to, or if every step is damaged.
+        """
+        for step in reversed(of_lead(steps_in(self.folder))):
+            try:
+                meta = all_or_none(functools.partial(self.meta, step), ERRORS)
+                check(meta)
+                state = self.restore(step, abstract)
+            except DamagedError as error:
+                self._set_aside(step, error)
+                continue
+            self._try_folder()
+            return state, meta
+        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+        if aside := sorted(name for name in names if name.startswith(ASIDE)):
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged: {', '.join(aside)} (the log said in what). Bring back "
+                f"a copy of one under its own name (without {ASIDE!r}), or remove these folders or give another "
+                "--workdir, to start at step 0"
+            )
+        self._try_folder()
+        return None
+
+    def _set_aside(self, step: int, error: DamagedError) -> None:
+        new = next(
+            path
+            for n in itertools.count()
+            if not (path := self.folder / f"{ASIDE}{step}{f'-{n}' if n else ''}").exists()
         )
-        where = f"the checkpoint of step {step} in {self.folder}"
-        mend = "it belongs to another model: use the configuration beside it, or another --workdir"
-        for name, shape in want.items():
-            if name not in have:
-                raise CheckpointError(f"{where} has no array {part}/{name} (expected shape {shape}); {mend}")
-            if have[name] != shape:
-                raise CheckpointError(
-                    f"{where} has {part}/{name} of shape {have[name]}, but the model's is {shape}; {mend}"
-                )
-        for name, shape in have.items():
-            if name not in want:
-                raise CheckpointError(
-                    f"{where} has an array {part}/{name} {shape} that the model does not have; {mend}"
-                )
+        before = [s for s in steps_in(self.folder) if s < step]
+        if jax.process_index() == 0:
+            then = f"going back to step {before[-1]}" if before else "there is none before it"
+            log.error("%s. It is kept as %s; %s", error, new, then)
+
+        def move() -> None:
+            if jax.process_index() == 0:
+                try:
+                    (self.folder / str(step)).rename(new)
+                except OSError as why:
+                    raise CheckpointError(f"{error}, and cannot be set aside as {new}: {brief(why)}") from why
+
+        all_or_none(move, ERRORS)
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises what a background write raised."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk. Raises SaveError if that cannot be had."""
+        self._writer.finish(last=True)
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends the threads that write, after they have finished. Raises nothing: see `wait`."""
+        self._writer.close()
+
+    def _try_folder(self) -> None:
+        """Raises CheckpointError for a folder that cannot be written to, rather than at the first save."""
+
+        def write() -> None:
+            if jax.process_index() == 0:
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    probe = self.folder / ".probe"
+                    probe.write_text("")
+                    probe.unlink()
+                except OSError as error:
+                    raise CheckpointError(f"{self.folder} cannot be written to: {brief(error)}") from error
+
+        all_or_none(write, ERRORS)
 
 
 def load_params(
@@ -228,29 +286,30 @@ def load_params(
       step: a checkpoint of it; default the newest.
       ema: the moving average instead of the parameters.
 
-    Raises CheckpointError if there is no such checkpoint; it names those there are.
+    Raises CheckpointError if there is no such checkpoint, and DamagedError if it is damaged; they name the others.
     """
     return load_part(workdir, step, "ema" if ema else "params")
 
 
 def load_part(workdir: str | os.PathLike, step: int | None, part: str) -> tuple[dict[str, Any], dict]:
     """One part of a stored train state ("params", "ema", "opt_state"), and its description; see `load_params`."""
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    folder = run_folder(workdir) / "checkpoints"
+    steps = steps_in(folder)
     if not steps or (step is not None and step not in steps):
         wanted = "" if step is None else f" of step {step}"
         raise CheckpointError(f"no checkpoint{wanted} in {folder}; there are: {', '.join(map(str, steps)) or 'none'}")
-    step = steps[-1] if step is None else step
-    checkpoints = Checkpoints(workdir)
+    stored = StoredStep(folder, steps[-1] if step is None else step)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        meta = checkpoints.meta(step)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), checkpoints.shapes(step, part)
-        )
-        return checkpoints.restore(step, {part: abstract})[part], meta
-    finally:
-        checkpoints.close()
+        meta = stored.meta()
+        shapes = stored.shapes(part)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+        state = stored.restore({part: abstract})
+        stored.verify(state)
+    except DamagedError as error:
+        others = ", ".join(str(s) for s in steps if s != stored.step) or "none"
+        raise DamagedError(f"{error}. Other steps there: {others}") from error
+    return state[part], meta
 
 
 def _plain(value: Any) -> Any:

@@ -99,7 +99,7 @@ def export_ml4m(
       extras: of "ema" and "optimizer", what to write beside the model; needs a run.
     """
     model = loading.load(source, ema=weights == "ema")
-    run = loading.run_of(pathlib.Path(source))
+    run = loading.run_of(source)
     if extras and run is None:
         raise ValueError(f"--with={','.join(extras)} needs a run folder; {source} holds a model only")
     if run:  # all parts from one checkpoint, even if the run saves another meanwhile

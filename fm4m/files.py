@@ -8,6 +8,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from etils import epath
+
 
 @contextlib.contextmanager
 def complete_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
@@ -45,3 +47,31 @@ def complete_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is in an object store (``gs://...``), where files cannot be appended to or renamed."""
+    return "://" in os.fspath(path)
+
+
+def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
+    """Writes a file so that a reader, or a process killed meanwhile, leaves the old contents or the new, never a part.
+
+    The folder is made. Object stores show a file when it is complete; elsewhere it is written beside its place and
+    renamed. Unlike `complete_file` it does not wait for the disk: it is for what is written again and again.
+    """
+    path = epath.Path(path)
+    data = data.encode() if isinstance(data, str) else data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    # Named by process: several may write the same file at once, such as a report that the run ended.
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise

@@ -7,7 +7,10 @@ import os
 import pathlib
 from typing import Any
 
+from etils import epath
+
 from fm4m import checkpoint
+from fm4m.files import is_remote
 from fm4m.interop import ml4m
 from fm4m.modalities import ModalitySet
 from fm4m.model import ModelConfig
@@ -37,8 +40,9 @@ def load(
     """Configuration and parameters of a trained model. Nothing in the file is executed.
 
     Args:
-      path: a run folder (its newest checkpoint), one step of it (``RUN/checkpoints/2000``), a folder with
-        ``model.safetensors`` and ``config.json``, or a safetensors file in the reference implementation's layout.
+      path: a run folder (its newest checkpoint), one step of it (``RUN/checkpoints/2000``), both also on an object
+        store (``gs://...``); a folder with ``model.safetensors`` and ``config.json``, or a safetensors file in the
+        reference implementation's layout.
       ema: the moving average of the parameters, where there is one.
       modalities: the modality set, for files whose modalities have names that only you know. Runs say it themselves.
       tie_heads: keep one table for a modality's decoder tokens and its head, for files that hold two equal ones. Runs
@@ -48,10 +52,12 @@ def load(
       FileNotFoundError: nothing that could be a model is there; says what is looked for.
       ValueError: something is there and cannot be read; names the file and the key.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     pickles = path.is_dir() and any(p.suffix in ml4m.PICKLES for p in path.iterdir())
     if path.is_file() or pickles or (path / ml4m.WEIGHTS).exists():
-        return _from_reference(path, ema, modalities, tie_heads)
+        if is_remote(path):
+            raise ValueError(f"{path}: safetensors files are read from a disk only; copy the model to this machine")
+        return _from_reference(pathlib.Path(path), ema, modalities, tie_heads)
     if run := run_of(path):
         if modalities is not None or tie_heads is not None:
             raise ValueError(f"{path} is a run, which has modalities and heads of its own: leave out both options")
@@ -63,9 +69,9 @@ def load(
     )
 
 
-def run_of(path: pathlib.Path) -> tuple[pathlib.Path, int | None] | None:
+def run_of(path: str | os.PathLike) -> tuple[epath.Path, int | None] | None:
     """The run folder and step that a path means; None if it is neither a run nor a step."""
-    path = path.absolute()
+    path = checkpoint.run_folder(path)
     if (path / "checkpoints").is_dir():
         return path, None
     if path.name == "checkpoints" and path.is_dir():
