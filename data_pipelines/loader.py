@@ -68,8 +68,8 @@ class MixtureStream:
         """Yields this shard's rows of the global batches that start at sample ``position``; see `fm4m.stream.Stream`.
 
         Raises:
-          ValueError: the batch does not divide, or there is no such shard; while reading, what is wrong with which
-            record of which file.
+          ValueError: the batch does not divide, or there is no such shard. DataError: while reading, what is wrong with
+            which record of which file.
         """
         if position < 0 or not 0 <= shard < shards or global_batch <= 0:
             raise ValueError(f"no batches of {global_batch} at position {position} for shard {shard} of {shards}")

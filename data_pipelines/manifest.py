@@ -100,7 +100,7 @@ def read_manifest(root: str | os.PathLike, split: str) -> dict:
       {"bytes", "sha256", "made_from"}``: the list of their samples (`data_pipelines.records.read_samples`).
 
     Raises:
-      FileNotFoundError: there is none. ValueError: it is something else or from a newer version.
+      FileNotFoundError: there is none. ValueError: it is something else, damaged, or from a newer version.
     """
     path = pathlib.Path(root) / split / MANIFEST
     if not path.is_file():
@@ -110,16 +110,53 @@ def read_manifest(root: str | os.PathLike, split: str) -> dict:
         )
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy the folder again, or delete and write it again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not a manifest of {FORMAT}")
     if manifest.get("version") != VERSION:
         raise ValueError(
-            f"{path} has format version {manifest.get('version')}, this code reads {VERSION}: update fm4m, or write "
-            "the files again"
+            f"{path} has format version {str(manifest.get('version'))[:80]}, this code reads {VERSION}: update fm4m, "
+            "or write the files again"
         )
+    try:
+        _check_entries(manifest)
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged ({what}): copy {path.parent} again, or write it again") from None
     return manifest
+
+
+def _check_entries(manifest: Mapping) -> None:
+    """Raises ValueError, TypeError or KeyError for entries that `write_manifest` was never given."""
+
+    def need(value: object, kind: type, where: str) -> object:
+        if type(value) is not kind or (kind is int and value < 0):
+            wanted = {int: "a number from 0 on", str: "a text", list: "a list", dict: "an object"}[kind]
+            raise ValueError(f"{where} is {str(value)[:80]!r}, expected {wanted}")
+        return value
+
+    for name, entry in need(manifest["modalities"], dict, "modalities").items():
+        where = f"modality {name!r}"
+        need(entry, dict, where)
+        stored = Modality.from_dict(need(entry["modality"], dict, f"{where}: modality"))
+        if stored.name != name:
+            raise ValueError(f"{where} is the entry of {stored.name!r}")
+        need(entry["longest"], int, f"{where}: longest")
+        if not need(entry["files"], list, f"{where}: files"):
+            raise ValueError(f"{where} has no files")
+        names = set()
+        for file in entry["files"]:
+            need(file, dict, f"{where}: a file")
+            for key, kind in {"name": str, "records": int, "bytes": int, "sha256": str, "keys": str}.items():
+                need(file[key], kind, f"{where}: {key} of a file")
+            # Only files of the modality's own folder are ever opened.
+            if file["name"] in ("", ".", "..", *names) or "/" in file["name"] or "\0" in file["name"]:
+                raise ValueError(f"{where}: {file['name'][:80]!r} cannot be the name of one of its files")
+            names.add(file["name"])
+    if "samples" in manifest:
+        need(need(manifest["samples"], dict, "samples")["bytes"], int, "samples: bytes")
+        need(manifest["samples"]["sha256"], str, "samples: sha256")
 
 
 def write_manifest(folder: pathlib.Path, manifest: dict) -> None:

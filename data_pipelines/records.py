@@ -38,6 +38,8 @@ from data_pipelines.manifest import (
     row_shape_of,
     write_manifest,
 )
+from data_pipelines.storage import patiently
+from fm4m.errors import DataError
 from fm4m.modalities import Modality, unknown_name
 
 # An ArrayRecord file takes at least 128 KiB, so few samples go into few files.
@@ -54,7 +56,8 @@ class Records:
     `verify` compares the contents.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file and what mends it.
+      FileNotFoundError, ValueError: naming the file and what mends it; while reading DataError, naming the record, for
+        what is still wrong after a minute of tries.
     """
 
     def __init__(self, root: str | os.PathLike, split: str, modality: Modality, manifest: Mapping | None = None):
@@ -103,14 +106,17 @@ class Records:
                     f"{path} has {path.stat().st_size} bytes, the manifest says {file['bytes']} (truncated or "
                     f"replaced): {self._mend}"
                 )
-            reader = ArrayRecordReader(str(path))
-            count = reader.num_records()
-            reader.close()
+            try:
+                reader = ArrayRecordReader(str(path))
+                count = reader.num_records()
+                reader.close()
+            except RuntimeError as error:
+                raise ValueError(f"{path} is damaged ({error}): {self._mend}") from error
             if count != file["records"]:
                 raise ValueError(f"{path} has {count} records, the manifest says {file['records']}: {self._mend}")
 
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            list(pool.map(check, self._files))
+            list(pool.map(lambda file: patiently(lambda: check(file), lambda: file["name"]), self._files))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -118,11 +124,24 @@ class Records:
     def __getitem__(self, index: int) -> np.ndarray:
         shard, position = self._locate(index)
         try:
-            return decode(self._reader(shard).read(position, position + 1)[0], self.modality)
+            record = patiently(lambda: self._read(shard, position), lambda: self.where(index))
+            return decode(record, self.modality)
         except (RuntimeError, IndexError, OSError, ValueError) as error:
-            path = self.folder / self._files[shard]["name"]
-            gone = "" if path.is_file() else " (the file has vanished)"
-            raise ValueError(f"{self.where(index)} cannot be read{gone}: {error}. {self._mend}") from error
+            gone = "" if os.path.exists(self.folder / self._files[shard]["name"]) else " (the file has vanished)"
+            raise DataError(f"{self.where(index)} cannot be read{gone}: {error}. {self._mend}") from error
+
+    def _read(self, shard: int, position: int) -> bytes:
+        try:
+            record = self._reader(shard).read(position, position + 1)[0]
+        except (RuntimeError, OSError):
+            self._readers[shard] = None  # a reader that failed once may fail for ever
+            raise
+        if not record:
+            # A record without a row is one without bytes. So is, to the reader, one of a file that was cut off later.
+            size, whole = os.stat(self.folder / self._files[shard]["name"]).st_size, self._files[shard]["bytes"]
+            if size != whole:
+                raise ValueError(f"the file has {size} bytes now, and had {whole}")
+        return record
 
     def where(self, index: int) -> str:
         """File and record of sample ``index``, for messages."""

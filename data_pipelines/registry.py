@@ -23,6 +23,7 @@ import tensorflow as tf
 from data_pipelines.manifest import dtype_of, problem, row_shape_of
 from data_pipelines.sources import RandomAccessSource, Sample, Samples, function_identity, function_name
 from fm4m import modalities as modalities_lib
+from fm4m.errors import DataError
 from fm4m.masking import Masking
 from fm4m.modalities import Modality, ModalitySet
 from fm4m.modalities import register as add_modality
@@ -154,7 +155,7 @@ class _Checked:
         for modality, absent in self._absent.items():
             array = np.asarray(sample.get(modality.name, absent))
             if fault := problem(array, modality):
-                raise ValueError(
+                raise DataError(
                     f"task {self._task!r}, modality {modality.name!r}: {self._samples.where(index, modality.name)} "
                     f"{fault}. Write the modality again, or correct what makes it"
                 )

@@ -18,7 +18,9 @@ import seqio
 
 from data_pipelines.manifest import check_aligned, read_manifest
 from data_pipelines.records import Joined, Records
+from data_pipelines.storage import patiently
 from fm4m import modalities as modalities_lib
+from fm4m.errors import DataError
 
 Sample = dict[str, np.ndarray]
 
@@ -60,13 +62,17 @@ class RandomAccessSource(seqio.DataSource):
         """What makes two sources of this class the same source; compared when a task is registered again."""
 
     def open(self, split: str, modalities: Sequence[str]) -> Samples:
-        """The samples of a split, opened once. Raises ValueError for a split that the source does not have."""
+        """The samples of a split, opened once. Raises ValueError for a split that the source does not have.
+
+        Errors of storage that may pass are waited for, here and while reading; then a read raises DataError.
+        """
         if split not in self.splits:
             raise ValueError(modalities_lib.unknown_name(split, self.splits, "split of the data source"))
         key = (split, *modalities)
         with self._open_lock:
             if key not in self._open:
-                self._open[key] = self.open_split(split, modalities)
+                where = lambda: f"split {split!r} of {type(self).__name__}"  # noqa: E731
+                self._open[key] = _Patient(patiently(lambda: self.open_split(split, modalities), where))
             return self._open[key]
 
     @property
@@ -82,6 +88,26 @@ class RandomAccessSource(seqio.DataSource):
             f"{type(self).__name__} is read by random access: use seqio.get_dataset with a task or mixture defined by "
             "data_pipelines.registry"
         )
+
+
+class _Patient:
+    """`Samples` of any source, with a second chance for storage that fails for a while."""
+
+    def __init__(self, samples: Samples):
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        where = lambda: self._samples.where(index, "")  # noqa: E731
+        try:
+            return patiently(lambda: self._samples[index], where)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{where()} cannot be read: {error}") from error
+
+    def where(self, index: int, modality: str) -> str:
+        return self._samples.where(index, modality)
 
 
 class TokenSource(RandomAccessSource):

@@ -9,8 +9,12 @@ FAILED = 1
 CANNOT_START = 2
 # EX_TEMPFAIL of sysexits.h: told to stop (SIGTERM, the notice of a preemption), saved, to be continued.
 PREEMPTED = 75
+# A process of the run died, hung or never came; to be continued from the newest checkpoint.
+HUNG = 76
 # From 128 on, 128 + the signal that killed the process, as shells count.
 FIRST_SIGNAL = 128
+# SIGABRT: how JAX ends a process when another one of the run is gone. Never the cause, where another one has a code.
+ABORTED = FIRST_SIGNAL + 6
 
 
 def explain(code: int) -> str:
@@ -20,7 +24,9 @@ def explain(code: int) -> str:
         FAILED: "failed",
         CANNOT_START: "could not start",
         PREEMPTED: "told to stop; saved, and can be continued",
+        HUNG: "a process of the run died or hung; can be continued",
+        ABORTED: "killed by signal 6, as JAX does when another process of the run is gone",
     }
-    if code > FIRST_SIGNAL:
+    if code > FIRST_SIGNAL and code not in known:
         return f"killed by signal {code - FIRST_SIGNAL}"
     return known.get(code, "ended in a way that the trainer does not use")

@@ -41,6 +41,6 @@ class Stream(Protocol):
         gets rows ``[h * global_batch / H, (h + 1) * global_batch / H)`` of it, as numpy arrays, so neither contents nor
         order depend on the number of shards. A finite stream (one pass) pads its last batch with samples of length 0.
 
-        Raises ValueError if ``global_batch`` is not divisible by ``shards``.
+        Raises ValueError if ``global_batch`` is not divisible by ``shards``; while reading `fm4m.errors.DataError`.
         """
         ...

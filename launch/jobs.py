@@ -12,7 +12,6 @@ import shlex
 from fm4m.aot import topology as topology_lib
 from fm4m.config import ConfigError
 from fm4m.files import complete_file
-from launch import runtime
 from launch.gcloud import LaunchError
 
 # The name is that of virtual machines, so their rule holds (RFC 1035): at most 63 characters. Slices add a number, and
@@ -79,7 +78,7 @@ class Job:
 
     @property
     def hosts_per_slice(self) -> int:
-        return self.machines or runtime.hosts_per_slice(self.where)
+        return self.machines or self.where.hosts_per_slice
 
     @property
     def hosts(self) -> int:
@@ -150,6 +149,11 @@ def load(name: str) -> Job:
     path = folder() / f"{check_name(name)}.json"
     try:
         values = json.loads(path.read_text())
+        kinds = dict.fromkeys((field.name for field in dataclasses.fields(Job)), str)
+        kinds |= {"slices": int, "machines": int, "queued": bool, "arguments": list}
+        for key, value in values.items():
+            if type(value) is not kinds.get(key):
+                raise ValueError(f"{key[:80]!r} is {str(value)[:80]!r}")
         values["arguments"] = tuple(map(str, values["arguments"]))
         return Job(**values)
     except FileNotFoundError:
@@ -158,8 +162,9 @@ def load(name: str) -> Job:
             f"no job {name} was created from this account ({folder()}); known: {known}. "
             "Machines of others are shown by: gcloud compute tpus tpu-vm list --zone=ZONE"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LaunchError(f"{path}: not a job file ({error}); delete it; the command list shows what runs") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = " ".join(str(error)[:300].split())
+        raise LaunchError(f"{path}: not a job file ({what}); delete it; the command list shows what runs") from None
 
 
 def forget(name: str) -> None:

@@ -87,7 +87,7 @@ def _describe(runner: Runner, job: Job, kind: str, name: str) -> dict[str, Any] 
         if not isinstance(values, dict):
             raise ValueError("not an object")
         return values
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LaunchError(f"looking at {name}: gcloud's answer is not JSON ({error}): {result.out[:200]!r}") from None
 
 

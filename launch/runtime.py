@@ -1,13 +1,13 @@
-"""What Google Cloud calls things: runtime images, accelerator types, hosts, labels of GKE.
+"""What Google Cloud calls things: runtime images, accelerator types, labels of GKE.
 
 Sources, by title of the page of Google's documentation: runtime images from "TPU software versions", section "PyTorch
-and JAX"; accelerator types and hosts from "TPU configurations"; node labels from "Plan TPUs in GKE".
+and JAX"; accelerator types from "TPU configurations"; node labels from "Plan TPUs in GKE". The machines of a slice are
+counted in `fm4m.aot.topology`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from fm4m.aot.topology import Topology
 
@@ -43,13 +43,3 @@ def generation(topology: Topology) -> Generation:
 def accelerator_type(topology: Topology) -> str:
     """The slice type as gcloud and xpk write it: v5e-64 is v5litepod-64 there."""
     return f"{generation(topology).prefix}-{topology.name.split('-')[1]}"
-
-
-def hosts_per_slice(topology: Topology) -> int:
-    """Virtual machines of one slice. The 8 chips of v5e-8 and v6e-8 are in one machine; in larger slices it has 4."""
-    chips = math.prod(topology.shape)
-    return 1 if len(topology.shape) == 2 and chips == 8 else max(1, chips // 4)
-
-
-def chips_per_host(topology: Topology) -> int:
-    return math.prod(topology.shape) // hosts_per_slice(topology)

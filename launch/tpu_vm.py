@@ -103,9 +103,9 @@ def create(runner: Runner, job: Job, options: argparse.Namespace) -> int:
     if not runner.dry_run:
         jobs.save(job)
     machines.create(runner, job)
-    job, seen = watch.prepare(runner, job, options.wait_hours * 60, options.poll)
+    job = watch.prepare(runner, job, options.wait_hours * 60, options.poll)
     if options.watch:
-        workers.start(runner, job, seen)
+        workers.start(runner, job)
         return watch_job(runner, job, options)
     runner.say(f"ready. Start it: python -m launch.tpu_vm watch {job.name}")
     return exit_codes.DONE
@@ -146,7 +146,7 @@ def run(runner: Runner, job: Job, options: argparse.Namespace) -> int:
         raise LaunchError(f"the machines of {job.name} are not up; the command watch would make them")
     if not runner.dry_run:
         jobs.save(job)
-    workers.start(runner, job, seen)
+    workers.start(runner, job)
     if options.detach:
         runner.say(f"started. Its log: python -m launch.tpu_vm logs {job.name} --follow")
         return exit_codes.DONE

@@ -10,7 +10,6 @@ from fm4m import exit_codes
 from launch import jobs, machines, source, workers
 from launch.gcloud import LaunchError, Runner
 from launch.jobs import Job
-from launch.machines import Seen
 from launch.workers import Status
 
 # Polls after which a machine that does not answer counts as lost, and after which the machines of a job that ended
@@ -62,6 +61,7 @@ def judge(found: Sequence[Status]) -> End | None:
     """How a run ended, by all machines' exit codes; None while any machine's trainer may still run."""
     if any(s.state in ("running", "unreachable") for s in found):
         return None
+    codes = {s.code for s in found if s.state == "exited"}
     said = "; ".join(sorted({f"{s.describe()}" for s in found if s.code != exit_codes.DONE or s.state != "exited"}))
     if any(s.state == "stopped" for s in found):
         return End("stopped", f"the job was stopped by its user; {said}")
@@ -72,8 +72,15 @@ def judge(found: Sequence[Status]) -> End | None:
     if any(s.code == exit_codes.PREEMPTED for s in found):
         return End("preempted", f"the trainer was told to stop and saved; {said}")
     # A machine that vanishes takes the trainers of the others down by a signal or an error of the connection.
-    if any(s.state == "lost" or s.code >= exit_codes.FIRST_SIGNAL for s in found):
+    if any(s.state == "lost" for s in found) or any(
+        code >= exit_codes.FIRST_SIGNAL and code != exit_codes.ABORTED for code in codes
+    ):
         return End("crashed", f"the trainer was killed; {said}")
+    # One that fails by itself ends the others, by the watchdog or, without process 0, by signal 6.
+    if codes & {exit_codes.FAILED, exit_codes.CANNOT_START}:
+        return End("failed", f"the trainer failed; the same again would fail again; {said}")
+    if codes & {exit_codes.HUNG, exit_codes.ABORTED}:
+        return End("crashed", f"a process of the run died or hung; {said}")
     return End("failed", f"the trainer failed; the same again would fail again; {said}")
 
 
@@ -121,14 +128,14 @@ def follow(runner: Runner, job: Job, poll: float, tail: Tail | None = None) -> E
         runner.sleep(poll)
 
 
-def prepare(runner: Runner, job: Job, minutes: float, poll: float) -> tuple[Job, list[Seen]]:
+def prepare(runner: Runner, job: Job, minutes: float, poll: float) -> Job:
     """Waits for the machines of a job, ships the source to them, and returns the job with the number of machines."""
     seen = machines.wait_ready(runner, job, minutes, poll)
     if counts := [len(s.addresses) for s in seen if s.kind == "tpu-vm" and s.addresses]:
         job = dataclasses.replace(job, machines=counts[0])
         jobs.save(job)
     workers.ship(runner, job, source.archive_path(job.name))
-    return job, seen
+    return job
 
 
 def watch(runner: Runner, job: Job, restarts: int, poll: float, minutes: float) -> tuple[Job, End]:
@@ -149,7 +156,7 @@ def watch(runner: Runner, job: Job, restarts: int, poll: float, minutes: float) 
     if gone or not machines.ready(job, seen):
         bring = bool(gone)
     elif (before := judge(workers.statuses(runner, job))) and (before.again or before.how == "stopped"):
-        workers.start(runner, job, seen)
+        workers.start(runner, job)
     while True:
         try:
             if bring is not None:
@@ -187,6 +194,6 @@ def _bring_back(runner: Runner, job: Job, new: bool, minutes: float, poll: float
                 runner.say(f"{error}. Asking again in {pause / 60:.0f} minutes")
                 runner.sleep(pause)
                 waited, pause = waited + pause, min(2 * pause, 900.0)
-    job, seen = prepare(runner, job, minutes, poll)
-    workers.start(runner, job, seen)
+    job = prepare(runner, job, minutes, poll)
+    workers.start(runner, job)
     return job

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on every machine of a job; launch/workers.py calls it by ssh.
 #   worker.sh install NAME
-#   worker.sh start NAME SLICE HOSTS_PER_SLICE PROCESSES COORDINATOR COMMIT ARGUMENT...
+#   worker.sh start NAME PROCESSES COMMIT ARGUMENT...
 #   worker.sh status|stop NAME
 #   worker.sh log NAME FIRST_BYTE
 # Everything lies in ~/fm4m-jobs/NAME: source/, venv/, log.txt, pid, exit (the code), stopped (if a user stopped it).
@@ -43,17 +43,16 @@ start)
     echo "fm4m-refused $(worker) the job is running already, as process $(cat "$root/pid")"
     exit 0
   fi
-  slice=$1 hosts=$2 processes=$3 coordinator=$4 commit=$5
-  shift 5
+  processes=$1 commit=$2
+  shift 2
   number=$(worker)
   mkdir -p "$root"
   rm -f "$root/pid" "$root/exit" "$root/stopped"
   cd "${FM4M_SOURCE:-$root/source}"
   export FM4M_RUN_NAME=$name FM4M_GIT_COMMIT=$commit PYTHONUNBUFFERED=1
-  if [ "$processes" -gt 1 ]; then
-    export JAX_COORDINATOR_ADDRESS=$coordinator JAX_NUM_PROCESSES=$processes
-    export JAX_PROCESS_ID=$((slice * hosts + number))
-  fi
+  # JAX finds the other machines by itself, and numbers them as their chips are; the trainer checks that they are so many
+  # (fm4m/processes.py).
+  export JAX_NUM_PROCESSES=$processes
   # In a session of its own, so that it outlives the connection. The inner shell writes the code when the trainer ends;
   # a machine that shuts down sends SIGTERM to both, and the shell must outlive the trainer's last checkpoint.
   setsid nohup bash -c '

@@ -10,10 +10,8 @@ import shlex
 from fm4m import exit_codes
 from launch.gcloud import LaunchError, Result, Runner, refused
 from launch.jobs import Job
-from launch.machines import TPUS, Seen
+from launch.machines import TPUS
 
-# JAX's own coordinator takes the same port on Cloud TPU.
-PORT = 8476
 # After so many machines of a slice that do not answer alone, a minute each, the others are not asked alone.
 SILENT = 3
 _SAID = re.compile(r"^fm4m-(installed|started|refused|status|stopped) (\d+) ?(.*)$", re.MULTILINE)
@@ -53,20 +51,18 @@ def ship(runner: Runner, job: Job, archive: pathlib.Path) -> None:
         _all_said(runner, job, index, result, "installed")
 
 
-def start(runner: Runner, job: Job, seen: list[Seen]) -> None:
+def start(runner: Runner, job: Job) -> None:
     """Starts the trainer on all machines, with the same arguments. Raises LaunchError that names those that refuse."""
-    lead = next((s.addresses for s in seen if s.name == job.nodes[0] and s.addresses), ("ADDRESS-OF-WORKER-0",))
-    hosts = job.hosts_per_slice
-    for index, node in enumerate(job.nodes):
-        facts = [str(index), str(hosts), str(job.hosts), f"{lead[0]}:{PORT}", job.commit]
-        command, what = _script(job, "start", *facts, "-m", "fm4m.train", *job.arguments), f"starting on {node}"
+    command = _script(job, "start", str(job.hosts), job.commit, "-m", "fm4m.train", *job.arguments)
+    for node in job.nodes:
+        what = f"starting on {node}"
         result = runner.run(_ssh(job, node, command), timeout=600)
         if result.code and result.kind != "ssh":
             raise refused(what, result)
         said = {int(worker): kind for kind, worker, _ in _SAID.findall(result.out)}
         if "refused" in said.values():
             raise LaunchError(f"{node}: the job is running there already; stop it first, or watch it", "running")
-        for worker in range(hosts):
+        for worker in range(job.hosts_per_slice):
             # A machine that started without our hearing of it refuses to start twice.
             if worker not in said and not runner.dry_run:
                 runner.ssh(_ssh(job, node, command, worker), f"{what} worker {worker}")

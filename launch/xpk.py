@@ -12,7 +12,9 @@ nothing. IMAGE holds the checkout in its working folder, and fm4m with [tpu,data
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import shlex
 import sys
 from typing import Any
@@ -22,8 +24,9 @@ from fm4m.files import complete_file
 from launch import jobs, runtime
 from launch.gcloud import LaunchError, Runner
 from launch.jobs import Job
-from launch.workers import PORT
 
+# Of process 0, for the others to join it.
+PORT = 8476
 # What Kubernetes waits between the notice of a preemption and the end: time to save.
 GRACE_SECONDS = 300
 
@@ -34,10 +37,11 @@ def trainer_command(job: Job) -> list[str]:
 
 def xpk_create(job: Job, cluster: str, image: str, restarts: int) -> list[str]:
     """The xpk command that submits a job. By itself xpk restarts on exit codes 42 and 127 to 255."""
+    codes = f"{exit_codes.PREEMPTED},{exit_codes.HUNG}"
     return [
         "xpk", "workload", "create", f"--workload={job.name}", f"--cluster={cluster}", f"--project={job.project}",
         f"--zone={job.zone}", f"--tpu-type={runtime.accelerator_type(job.where)}", f"--num-slices={job.slices}",
-        f"--docker-image={image}", f"--max-restarts={restarts}", f"--restart-on-exit-codes={exit_codes.PREEMPTED}",
+        f"--docker-image={image}", f"--max-restarts={restarts}", f"--restart-on-exit-codes={codes}",
         f"--termination-grace-period-seconds={GRACE_SECONDS}",
         f"--env=FM4M_RUN_NAME={job.name}", f"--command={shlex.join(trainer_command(job))}",
     ]  # fmt: skip
@@ -51,24 +55,30 @@ def xpk_delete(name: str, cluster: str, project: str, zone: str) -> list[str]:
     ]  # fmt: skip
 
 
+def nodes(job: Job) -> int:
+    """Machines of one slice."""
+    return math.prod(job.where.shape) // job.where.chips_per_node
+
+
 def manifest(job: Job, image: str, restarts: int) -> dict[str, Any]:
     """The JobSet: a Kubernetes job for each slice, a pod for each machine, each slice on a node pool of its own.
 
-    A trainer that was preempted or killed makes all slices start again, at most ``restarts`` times; one that failed by
-    itself (exit codes 1 and 2) ends the job. Every pod gets the same command; its number comes from Kubernetes.
+    A trainer that was preempted, killed or hung makes all slices start again, at most ``restarts`` times; one that
+    failed by itself (exit codes 1 and 2) ends the job. Every pod gets the same command; its number comes from
+    Kubernetes.
     """
-    hosts, chips = job.hosts_per_slice, str(runtime.chips_per_host(job.where))
+    hosts, chips = nodes(job), str(job.where.chips_per_node)
     environment: list[dict[str, Any]] = [
         {"name": "FM4M_RUN_NAME", "value": job.name},
         {"name": "PYTHONUNBUFFERED", "value": "1"},
     ]
     command = trainer_command(job)
-    if job.hosts > 1:
+    if hosts * job.slices > 1:
         label = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}
         environment += [
             {"name": "FM4M_SLICE", "valueFrom": label},
             {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{job.name}-slice-0-0.{job.name}:{PORT}"},
-            {"name": "JAX_NUM_PROCESSES", "value": str(job.hosts)},
+            {"name": "JAX_NUM_PROCESSES", "value": str(hosts * job.slices)},
         ]
         # exec, so that the trainer and not the shell gets the notice of a preemption.
         number = f'export JAX_PROCESS_ID=$((FM4M_SLICE * {hosts} + JOB_COMPLETION_INDEX)); exec "$@"'
@@ -142,10 +152,11 @@ def main(argv: list[str] | None = None) -> int:
             options.name, options.topology, options.project, options.zone, options.slices, capacity,
             arguments=tuple(argv[cut + 1 :]),
         )  # fmt: skip
+        job = dataclasses.replace(job, machines=nodes(job))
         jobs.check_run(job)
-        if job.slices > 1 and job.hosts_per_slice == 1 and not options.manifest:
-            # Google sets TPU_WORKER_HOSTNAMES, by which the trainer knows that it is not alone, in larger slices only.
-            raise LaunchError("several slices of one machine each cannot be submitted by xpk; use --manifest=FILE")
+        if job.slices > 1 and nodes(job) == 1:
+            # "Deploy TPU Multislices in GKE": only then does it tell the slices of each other (MEGASCALE_NUM_SLICES).
+            raise LaunchError(f"GKE joins several slices only where each has several machines; {job.topology} has one")
         written = json.dumps(manifest(job, options.image, options.restarts), indent=2) + "\n"
     except LaunchError as error:
         print(f"error: {str(error).rstrip('.')}.", file=sys.stderr)

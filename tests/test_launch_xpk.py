@@ -19,7 +19,7 @@ def test_dry_run_prints_the_command_of_xpk(capsys):
     code = xpk.main(["create", "r1", "--topology=v5e-64", "--slices=2", "--image=i", "--dry-run", *PLACE, *TRAINER])
     out = capsys.readouterr().out
     command = shlex.split(next(line for line in out.splitlines() if line.startswith("xpk ")))
-    assert code == 0 and {"--tpu-type=v5litepod-64", "--num-slices=2", "--restart-on-exit-codes=75"} <= set(command)
+    assert code == 0 and {"--tpu-type=v5litepod-64", "--num-slices=2", "--restart-on-exit-codes=75,76"} <= set(command)
     assert f"--command=python -m fm4m.train {shlex.join(ARGUMENTS)}" in command
     assert "Clean up: xpk workload delete --workload=r1" in out
 
@@ -31,7 +31,7 @@ def test_dry_run_prints_the_command_of_xpk(capsys):
         ("v4-128", 2, "tpu-v4-podslice", "4x4x4", 16, "4"),
         ("v5e-64", 2, "tpu-v5-lite-podslice", "8x8", 16, "4"),
         ("v5p-8", 1, "tpu-v5p-slice", "2x2x1", 1, "4"),
-        ("v6e-8", 2, "tpu-v6e-slice", "2x4", 1, "8"),
+        ("v6e-8", 2, "tpu-v6e-slice", "2x4", 2, "4"),
     ],
 )
 def test_manifest_has_a_pod_for_each_machine(topology, slices, accelerator, shape, hosts, chips):
@@ -68,10 +68,13 @@ def test_manifest_file_is_json(tmp_path, capsys):
     assert "nothing was submitted" in capsys.readouterr().out
 
 
-def test_several_slices_of_one_machine_need_the_manifest(capsys):
-    flags = ("--topology=v6e-8", "--slices=2", "--image=i", "--dry-run")
-    assert xpk.main(["create", "r1", *flags, *PLACE, *TRAINER]) == 2 and "--manifest=FILE" in capsys.readouterr().err
-    assert xpk.main(["create", "r1", *flags, "--manifest=job.json", *PLACE, *TRAINER]) == 0
+def test_several_slices_of_one_machine_are_refused(capsys):
+    flags = ("--slices=2", "--image=i", "--dry-run")
+    assert xpk.main(["create", "r1", "--topology=v6e-4", *flags, *PLACE, *TRAINER]) == 2
+    assert "only where each has several machines; v6e-4 has one" in capsys.readouterr().err
+    # A TPU VM of 8 chips is two nodes on GKE.
+    assert xpk.main(["create", "r1", "--topology=v6e-8", *flags, *PLACE, *TRAINER]) == 0
+    assert "16 chips in 4 machines" in capsys.readouterr().out
 
 
 def test_missing_xpk_is_a_sentence(monkeypatch, capsys, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 
@@ -8,10 +9,11 @@ import pytest
 import seqio
 from token_sets import ALL, MASKING, arrays, write_set
 
-from data_pipelines import loader, records, registry
+from data_pipelines import loader, records, registry, storage
 from data_pipelines.sources import ArraySource, TokenSource
 from fm4m import modalities
 from fm4m.batch import check_raw
+from fm4m.errors import DataError
 from fm4m.modalities import Modality
 
 N = 20
@@ -187,3 +189,53 @@ def test_import_mixture_modules(tmp_path, monkeypatch):
         loader.import_mixture_modules(["data_pipelines.mixtures.nope"])
     with pytest.raises(ModuleNotFoundError, match="No module named 'something_else_entirely'"):
         loader.import_mixture_modules(["needs_more"])
+
+
+def test_errors_of_storage_that_pass_are_waited_for(mixture, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "DELAYS", (0.0, 0.001))
+    stream = loader.open_stream("xy", "validation", shuffle=False, num_epochs=1, threads=2)
+    expected = rows(take(stream, 1, position=0, global_batch=5))
+    real, left = records.Records._reader, {"t_text": 2, "t_grid": 1}
+
+    class Failing:
+        def __init__(self, reader, name):
+            self.reader, self.name = reader, name
+
+        def read(self, *where):
+            if left.get(self.name, 0) > 0:
+                left[self.name] -= 1
+                # What the C++ reader says of a file server that has restarted.
+                raise RuntimeError("pread() failed: Stale file handle; reading /data/x; at byte 512")
+            return self.reader.read(*where)
+
+    monkeypatch.setattr(records.Records, "_reader", lambda self, i: Failing(real(self, i), self.modality.name))
+    assert_same(rows(take(stream, 1, position=0, global_batch=5)), expected)
+    assert left == {"t_text": 0, "t_grid": 0}
+    assert "Stale file handle; reading /data/x; at byte 512; again in 0 s (1 of 2)" in caplog.text
+    left["t_text"] = 10**6
+    with pytest.raises(DataError, match=r"t_text/data-.*, record \d cannot be read: pread.. failed: Stale file handle"):
+        take(stream, 1, position=0, global_batch=5)
+
+
+def test_any_source_is_read_again(mixture, monkeypatch):
+    monkeypatch.setattr(storage, "DELAYS", (0.0,))
+    errors = [OSError(errno.EIO, "Input/output error"), None, TimeoutError("slow"), TimeoutError("slow")]
+
+    class Flaky(ArraySource):
+        def open_split(self, split, modalities):
+            samples = super().open_split(split, modalities)
+
+            class Samples(type(samples)):
+                def __getitem__(self, index):
+                    if errors and (error := errors.pop(0)):
+                        raise error
+                    return super().__getitem__(index)
+
+            samples.__class__ = Samples
+            return samples
+
+    samples = Flaky({"train": [{"t_grid": np.arange(6)}]}).open("train", ["t_grid"])
+    assert samples[0]["t_grid"].tolist() == list(range(6))
+    with pytest.raises(DataError, match="split 'train', sample 0 cannot be read: slow"):
+        samples[0]
+    assert not storage.passes(FileNotFoundError(errno.ENOENT, "no")) and not storage.passes(RuntimeError("Corrupted"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -9,6 +10,7 @@ from token_sets import ALL, EXTRA, GRID, PIXELS, TEXT, arrays, keys, write_set
 
 from data_pipelines import manifest as manifest_lib
 from data_pipelines import records
+from fm4m.errors import DataError
 from fm4m.modalities import Modality
 
 N = 20
@@ -198,3 +200,21 @@ def test_manifest_must_be_there_and_ours(tmp_path):
         path.write_text(broken)
         with pytest.raises(ValueError, match=message):
             manifest_lib.read_manifest(tmp_path, "train")
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_an_error(tmp_path):
+    """The reader has no error for what lies past the end of a file: it gives a record without bytes."""
+    wide = Modality("t_wide", "tokens", vocab_size=4096, grid=(64, 64))
+    codes = [np.full(4096, i) for i in range(40)]
+    codes[20] = np.zeros(0, np.int64)
+    records.write_modality(tmp_path, "train", wide, codes, keys(40))
+    opened = records.Records(tmp_path, "train", wide)
+    assert opened[0][0] == 0 and opened[20].shape == (0,)
+    (file,) = files(tmp_path, "t_wide")
+    size = file.stat().st_size
+    os.truncate(file, 65536)
+    with pytest.raises(DataError, match=f"{file}, record 39 cannot be read: .* 65536 bytes now, and had {size}"):
+        opened[39]
+    file.unlink()
+    with pytest.raises(DataError, match=r"record 20 cannot be read .the file has vanished.*copy"):
+        opened[20]

@@ -58,11 +58,24 @@ class Topology:
 
     @property
     def chips_per_host(self) -> int:
+        """Chips of one TPU VM: 4, or all of a smaller slice; the 2 x 4 of v5e-8 and v6e-8 are one machine of 8.
+
+        (Google's pages "TPU v5e" and "TPU v6e": v5litepod-8 is ct5lp-hightpu-8t.)
+        """
+        return 8 if self.shape == (2, 4) else self.chips_per_node
+
+    @property
+    def chips_per_node(self) -> int:
+        """Chips of one node of GKE. A pool of 2 x 4 can be one node of 8, too; those that xpk makes are two of 4."""
         return min(4, math.prod(self.shape))
 
     @property
+    def hosts_per_slice(self) -> int:
+        return math.prod(self.shape) // self.chips_per_host
+
+    @property
     def hosts(self) -> int:
-        return self.chips // self.chips_per_host
+        return self.hosts_per_slice * self.slices
 
     @property
     def wrap(self) -> tuple[bool, ...]:
@@ -119,7 +132,8 @@ def devices(topology: Topology) -> list[Any]:
 
     for key, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    options: dict[str, Any] = {"chips_per_host_bounds": (2, 2, 1) if topology.chips_per_host == 4 else (1, 1, 1)}
+    bounds = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 4, 1)}
+    options: dict[str, Any] = {"chips_per_host_bounds": bounds[topology.chips_per_host]}
     if len(topology.shape) == 3:
         # One device a chip, as on the machines themselves; the default of v4 is one a core.
         options["chip_config_name"] = "megacore"
