@@ -22,6 +22,7 @@ import jax
 
 from fm4m import config as config_lib
 from fm4m import flops, optim, sharding, train
+from fm4m import plan as plans
 from fm4m import step as step_lib
 from fm4m.synthetic import RandomStream
 
@@ -35,7 +36,7 @@ class Variant:
         self.mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(self.mesh, config.train.global_batch, config.train.accumulation)
         platform = jax.devices()[0].platform
-        self.model = train.make_model_config(config, platform, masking.most_tokens)
+        self.model = plans.make_model_config(config, platform, masking.most_tokens)
         optimizer = optim.from_config(config, 1_000_000, 1000, 0)
         abstract = step_lib.abstract_state(config, self.model, modalities, optimizer, self.mesh)
         sharding.check_parameters_are_split(abstract["params"], self.mesh)

@@ -1,4 +1,4 @@
-"""The train state and the jitted training step: mask, count, differentiate in passes, update.
+"""The train state and the jitted training step: mask, count, differentiate in passes, update if all is finite.
 
 All but the update is a program for one device (`fm4m.sharding.local_rows`), which masks its own rows, gathers weights
 where it needs them, and scatters their gradients.
@@ -59,23 +59,23 @@ def abstract_state(
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def make_step(
+def make_gradients(
     config: Any,
     model: model_lib.ModelConfig,
     modalities: ModalitySet,
     masking: Masking,
     tasks: tuple[str, ...],
-    optimizer: optim.Optimizer,
+    abstract: Params,
     mesh: Mesh,
-) -> Callable[[State, RawBatch, jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """The jitted step: (state, raw batch, uint32 [B] stream positions) -> (state, metrics); the state is donated.
+) -> Callable[[Params, RawBatch, jax.Array], tuple[Params, dict[str, jax.Array]]]:
+    """The first half of a step: (params, raw batch, uint32 [B] stream positions) -> (gradients, values).
 
     The batch is masked on the device, targets are counted, and the passes of gradient accumulation use weights from the
-    counts of the whole batch, so that their number changes nothing but rounding. Metrics: loss, grad_norm, lr, sums and
-    counts [num modalities] of cross-entropy, and the filled share of encoder (inputs) and decoder (targets) slots.
+    counts of the whole batch, so that their number changes nothing but rounding. ``abstract`` are shapes and layouts of
+    the parameters, which the gradients share. Values, equal on all devices: the loss, sums and counts [num modalities]
+    of cross-entropy, and the filled share of encoder (inputs) and decoder (targets) slots.
     """
-    abstract = abstract_state(config, model, modalities, optimizer, mesh)
-    specs = sharding.param_specs(abstract["params"], mesh)
+    specs = sharding.param_specs(abstract, mesh)
     rows = config.train.global_batch // sharding.batch_parts(mesh) // config.train.accumulation
     slots = loss_slots(modalities, masking, tasks, rows, config.train.expected_targets)
     options = {"method": config.train.loss_method, "slots": slots}
@@ -104,16 +104,51 @@ def make_step(
         local_gradients, mesh, in_specs=(specs, sharding.BATCH, sharding.BATCH), out_specs=(specs, P())
     )
 
-    def step(state: State, raw: RawBatch, position: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        params = state["params"]
+    def with_loss(params: Params, raw: RawBatch, position: jax.Array) -> tuple[Params, dict[str, jax.Array]]:
         grads, values = gradients(params, raw, position)
-        params, opt_state, rates = optimizer.update(grads, state["opt_state"], params, state["step"])
-        new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        weights = loss_lib.modality_weights(values["counts"], modalities, config.train.loss)
+        return grads, values | {"loss": (weights * values["sums"]).sum()}
+
+    return with_loss
+
+
+def make_step(
+    config: Any,
+    model: model_lib.ModelConfig,
+    modalities: ModalitySet,
+    masking: Masking,
+    tasks: tuple[str, ...],
+    optimizer: optim.Optimizer,
+    mesh: Mesh,
+) -> Callable[[State, RawBatch, jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """The jitted step: (state, raw batch, uint32 [B] stream positions) -> (state, metrics); the state is donated.
+
+    A step whose loss or gradient norm is not finite (a norm over 1.8e19 is not: its square overflows) is skipped: of
+    the state only ``step`` changes, by which data and learning rate go on. Metrics: those of `make_gradients`,
+    grad_norm, lr, and skipped (int32, 0 or 1), all equal on all devices.
+    """
+    abstract = abstract_state(config, model, modalities, optimizer, mesh)
+    gradients = make_gradients(config, model, modalities, masking, tasks, abstract["params"], mesh)
+
+    def step(state: State, raw: RawBatch, position: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        grads, values = gradients(state["params"], raw, position)
+        params, opt_state, rates = optimizer.update(grads, state["opt_state"], state["params"], state["step"])
+        finite = jnp.isfinite(values["loss"]) & jnp.isfinite(rates["grad_norm"])
+
+        def if_finite(new: Any, old: Any) -> Any:
+            # A choice of every number, and not one branch for all (`jax.lax.cond`): it joins the update's own loop over
+            # numbers that it reads anyhow. On TPU v4 a step of Ti then takes 128 KiB more memory of 24.9 GiB, and reads
+            # and writes 0.002 % more. (A gradient times 0 would not do: NaN stays NaN.)
+            with jax.named_scope("optimizer"):
+                return jax.tree.map(lambda n, o: jax.lax.select(finite, n, o), new, old)
+
+        new = {"step": state["step"] + 1, "params": if_finite(params, state["params"])}
+        new["opt_state"] = if_finite(opt_state, state["opt_state"])
         if "ema" in state:
             rate = 1.0 - config.optimizer.ema
-            new["ema"] = jax.tree.map(lambda e, p: e + rate * (p - e), state["ema"], params)
-        weights = loss_lib.modality_weights(values["counts"], modalities, config.train.loss)
-        return new, values | rates | {"loss": (weights * values["sums"]).sum()}
+            moved = jax.tree.map(lambda e, p: e + rate * (p - e), state["ema"], new["params"])
+            new["ema"] = if_finite(moved, state["ema"])
+        return new, values | rates | {"skipped": 1 - finite.astype(jnp.int32)}
 
     state_sharding, batch_sharding = jax.tree.map(lambda x: x.sharding, abstract), sharding.batch_sharding(mesh)
     return jax.jit(

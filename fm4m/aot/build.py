@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from fm4m import expected, flops, loss, optim, sharding, train
 from fm4m import model as model_lib
+from fm4m import plan as plans
 from fm4m import step as step_lib
 from fm4m.aot import topology as topology_lib
 from fm4m.batch import RawBatch, abstract_batch
@@ -39,8 +40,8 @@ def build(config: Any, topology: topology_lib.Topology) -> Program:
     modalities, masking, tasks = train.mixture(config)
     mesh = sharding.make_mesh(**config.mesh, devices=topology_lib.devices(topology))
     sharding.check_batch(mesh, config.train.global_batch, config.train.accumulation)
-    model = train.make_model_config(config, "tpu", masking.most_tokens)
-    steps, warmup, cooldown = train.lengths(config, masking)
+    model = plans.make_model_config(config, "tpu", masking.most_tokens)
+    steps, warmup, cooldown = plans.lengths(config, masking)
     optimizer = optim.from_config(config, steps, warmup, cooldown)
     state = step_lib.abstract_state(config, model, modalities, optimizer, mesh)
     sharding.check_parameters_are_split(state["params"], mesh)
