@@ -35,6 +35,10 @@ setuptools.setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        # Run folders on gs:// without TensorFlow, which comes with [data] and has its own reader.
+        "gcs": ["gcsfs>=2025.3"],
+        # Metrics to Weights & Biases (config.log.wandb).
+        "wandb": ["wandb>=0.19"],
         # The TPU compiler, for fm4m.aot on machines without a TPU; the version of jax 0.10.2's own [tpu] extra.
         "aot": ["libtpu==0.0.42.*"],
         "data": [

@@ -29,6 +29,8 @@ REFERENCE_EPOCH_SAMPLES = 10_000_000
 SCHEDULES = ("cosine", "constant", "rsqrt")
 
 _SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+# Whole numbers, counts of steps among them, are 32 bits wide on devices.
+_LARGEST = 2**31 - 1
 _DURATION = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)\s+(steps?|samples?|tokens?)\s*")
 
 
@@ -135,6 +137,9 @@ def default() -> ml_collections.ConfigDict:
     # masking recipe gives where texts fill a quarter of their length. Only speed depends on it, and the metric
     # train/targets_per_sample/NAME has the truth.
     c.train.expected_targets = ()
+    # Steps in a row whose update may be skipped because the loss or the gradient is not finite; one more ends the run.
+    # 0: the first ends it.
+    c.train.max_skipped = 10
     # Over 0: leave after this many steps of this process, saving nothing more, as a preemption would.
     c.train.stop_after = 0
 
@@ -173,6 +178,18 @@ def default() -> ml_collections.ConfigDict:
     # Write in the background while training goes on.
     c.checkpoint.asynchronous = True
 
+    c.fault = _Section()
+    # Seconds after which a run that does not go on is ended, with the name of the process that is to blame, to be
+    # continued (exit code 76; fm4m.watchdog): for a step, its input and its values; and for what takes long by nature:
+    # start, compilation, checkpoints, validation, pictures. timeout 0: never.
+    c.fault.timeout = 600.0
+    c.fault.slow_timeout = 3600.0
+    # Seconds for all processes to come together at the start: pods start minutes apart where an image is pulled.
+    c.fault.start_timeout = 900
+    # Seconds without a sign of life after which JAX ends the others by a signal. Longer than the minute in which
+    # fm4m.watchdog, which names the culprit, finds a dead process.
+    c.fault.heartbeat_timeout = 300
+
     c.eval = _Section()
     # Split to validate on, steps between validations (0: only before the first and after the last step), samples of it
     # (0: all of them), and samples a batch (0: train.global_batch / train.accumulation).
@@ -197,6 +214,10 @@ def default() -> ml_collections.ConfigDict:
     c.log.tensorboard = True
     # Draw a progress bar where the output is a terminal.
     c.log.progress_bar = True
+    # Trace steps for TensorBoard's profile plugin or xprof: "START:COUNT", as in "100:5". "": none.
+    c.log.profile = ""
+    # Project of Weights & Biases to send metrics and pictures to (needs the package wandb). "": none.
+    c.log.wandb = ""
     return c.lock()
 
 
@@ -219,7 +240,10 @@ def split_duration(text: str, key: str) -> tuple[float, str]:
             f"{key} = {text!r} is not a length: write a number and steps, samples or tokens, as in '500B tokens'"
         )
     unit = match[3] if match[3].endswith("s") else match[3] + "s"
-    return float(match[1].replace("_", "")) * _SCALES[match[2]], unit
+    amount = float(match[1].replace("_", "")) * _SCALES[match[2]]
+    if not math.isfinite(amount):
+        raise ConfigError(f"{key} = {text[:40]!r}...: is not a finite length")
+    return amount, unit
 
 
 def duration_steps(text: str, key: str, *, global_batch: int, tokens_per_sample: int, epoch_samples: int = 0) -> int:
@@ -233,11 +257,26 @@ def duration_steps(text: str, key: str, *, global_batch: int, tokens_per_sample:
     if unit == "steps":
         if amount != int(amount):
             raise ConfigError(f"{key} = {text!r} is not a whole number of steps")
-        return int(amount)
-    samples = amount / tokens_per_sample if unit == "tokens" else amount
-    if epoch_samples:
-        return math.ceil(samples / epoch_samples) * (epoch_samples // global_batch)
-    return math.ceil(samples / global_batch)
+        steps = int(amount)
+    else:
+        samples = amount / tokens_per_sample if unit == "tokens" else amount
+        if epoch_samples:
+            steps = math.ceil(samples / epoch_samples) * (epoch_samples // global_batch)
+        else:
+            steps = math.ceil(samples / global_batch)
+    if steps > _LARGEST:
+        raise ConfigError(f"{key} = {text!r} makes {steps:.3g} steps, {_LARGEST} is the most")
+    return steps
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """``"100:5"`` -> (100, 5): first step and number of steps; None for "". Raises ConfigError for anything else."""
+    if not text:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", text, re.ASCII)
+    if not match:
+        raise ConfigError(f"log.profile = {text!r}: must be '' (none) or START:COUNT in steps, as in '100:5'")
+    return int(match[1]), int(match[2])
 
 
 def requirements(c: ml_collections.ConfigDict) -> Callable[[bool, str, str], None]:
@@ -245,10 +284,7 @@ def requirements(c: ml_collections.ConfigDict) -> Callable[[bool, str, str], Non
 
     def need(ok: bool, key: str, what: str) -> None:
         if not ok:
-            value = c
-            for part in key.split("."):
-                value = value[part]
-            raise ConfigError(f"{key} = {value!r}: {what}")
+            raise ConfigError(f"{key} = {_leaf(c, key)!r}: {what}")
 
     return need
 
@@ -257,11 +293,17 @@ def validate(c: ml_collections.ConfigDict) -> None:
     """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
 
     need = requirements(c)
+    for key in _leaves(c):
+        value = _leaf(c, key)
+        need(not isinstance(value, float) or math.isfinite(value), key, "must be a finite number")
+        need(not isinstance(value, int) or abs(value) <= _LARGEST, key, f"must be {_LARGEST} at most")
     need(c.seed >= 0, "seed", "must be 0 or more")
     need(bool(c.data.mixture), "data.mixture", "name the mixture to train on")
     for key in ("num_inputs", "num_targets"):
-        need(c.data[key] >= 0, f"data.{key}", "must be 0 (what the mixture says) or more")
+        need(0 <= c.data[key] <= 2**20, f"data.{key}", f"must be 0 (what the mixture says) or more, {2**20} at most")
     need(c.train.global_batch > 0, "train.global_batch", "must be at least 1")
+    for key in ("train.global_batch", "eval.batch"):
+        need(_leaf(c, key) <= 2**24, key, f"must be {2**24} at most")
     need(c.train.accumulation > 0, "train.accumulation", "must be at least 1")
     need(
         c.train.global_batch % c.train.accumulation == 0,
@@ -273,6 +315,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     need(split_duration(c.train.total, "train.total")[0] > 0, "train.total", "must be more than nothing")
     need(c.train.loss in ("mod", "token"), "train.loss", "must be 'mod' or 'token'")
     need(c.train.loss_method in ("blocked", "dense"), "train.loss_method", "must be 'blocked' or 'dense'")
+    need(c.train.max_skipped >= 0, "train.max_skipped", "must be 0 (stop at the first) or more")
     need(c.train.stop_after >= 0, "train.stop_after", "must be 0 (run to the end) or more")
     need(c.optimizer.blr > 0, "optimizer.blr", "must be more than 0")
     for key in ("b1", "b2", "ema"):
@@ -296,11 +339,17 @@ def validate(c: ml_collections.ConfigDict) -> None:
         "can be -1 only where the other two axes are given",
     )
     for key in ("checkpoint.every", "checkpoint.keep_period", "eval.every", "eval.samples", "eval.batch",
-                "eval.baseline_batches", "log.pictures_every"):  # fmt: skip
+                "eval.baseline_batches", "log.pictures_every", "log.picture_samples"):  # fmt: skip
         section, name = key.split(".")
         need(c[section][name] >= 0, key, "must be 0 or more")
     need(c.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1, or a run could not resume")
     need(c.log.every > 0, "log.every", "must be at least 1")
+    need(c.fault.timeout == 0 or c.fault.timeout >= 1, "fault.timeout", "must be 0 (never) or at least 1 second")
+    need(c.fault.slow_timeout >= c.fault.timeout, "fault.slow_timeout",
+         f"must be at least fault.timeout = {c.fault.timeout:g}")  # fmt: skip
+    for key in ("start_timeout", "heartbeat_timeout"):
+        need(c.fault[key] >= 10, f"fault.{key}", "must be at least 10 seconds")
+    profiled_steps(c.log.profile)
 
 
 def from_command_line(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
@@ -335,7 +384,7 @@ def from_flags(args: Sequence[str], usage: str) -> ml_collections.ConfigDict:
     for arg in args:
         if re.match(r"--?config=", arg):
             load(arg.split("=", 1)[1])
-        elif match := re.match(r"--?(?:no)?config\.([^=]+)", arg):
+        elif match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
             known = _leaves(default())
             if match[1] not in known:
                 section = [key for key in known if key.split(".")[0] == match[1].split(".")[0]]
@@ -386,6 +435,12 @@ def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
     return out
 
 
+def _leaf(config: ml_collections.ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
 def _plain(error: Exception) -> str:
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return str(text).strip() or type(error).__name__
@@ -399,4 +454,5 @@ def _wrong_type(message: str) -> str:
     value = default()
     for part in match[1].split("."):
         value = value.get_type(part) if part == match[1].rsplit(".", 1)[-1] else value[part]
-    return f"{match[1]} = {match[2]!r}: expected a value of type {value.__name__}"
+    given = match[2] if len(match[2]) <= 100 else match[2][:100] + "..."
+    return f"{match[1]} = {given!r}: expected a value of type {value.__name__}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import logging
 import math
 import os
 import pathlib
+import resource
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 
-from fm4m import flops
+from fm4m import files, flops, goodput, metric_files
 from fm4m.masking import Masking
 from fm4m.modalities import ModalitySet
 
@@ -22,70 +25,69 @@ log = logging.getLogger("fm4m")
 
 
 class MetricWriter:
-    """Writes metrics of a run to ``<workdir>/metrics.jsonl`` (one JSON object a line) and to TensorBoard event files.
+    """Writes metrics of a run to ``<workdir>/metrics.jsonl`` (one JSON object a line) and to whatever else is chosen.
 
     Args:
-      workdir: folder of the run.
+      workdir: folder of the run, local or in an object store (see `fm4m.metric_files`).
       active: whether this process writes; one process of a run does, the others call the same methods in vain.
       tensorboard: write event files under ``<workdir>/tensorboard`` too; without tensorboardX a warning says so.
       step: the step the run starts from; lines of later steps, which a preempted run left behind, are dropped.
+      wandb: project of Weights & Biases; "" for none.
+      config: the configuration as a dict, for Weights & Biases.
+
+    Raises ConfigError if ``wandb`` names a project and no run of it can be begun.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, active: bool = True, tensorboard: bool = True, step: int = 0):
-        self._workdir = pathlib.Path(workdir)
-        self._file = self._events = None
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        active: bool = True,
+        tensorboard: bool = True,
+        step: int = 0,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._workdir = epath.Path(workdir)
+        self._rows = self._events = self._wandb = None
         if not active:
             return
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        path = self._workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [json.dumps(row) for row in read_metrics(workdir) if row["step"] <= step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(path)
-        self._file = path.open("a")
+        self._rows = metric_files.Rows(self._workdir / "metrics.jsonl", step)
         if tensorboard:
             try:
-                import tensorboardX
+                self._events = metric_files.Events(self._workdir, step)
             except ImportError:
                 log.warning(
                     "No TensorBoard files: tensorboardX is not installed (or set --config.log.tensorboard=False)"
                 )
-            else:
-                # purge_step hides the events that a preempted run left behind.
-                self._events = tensorboardX.SummaryWriter(
-                    str(self._workdir / "tensorboard"), purge_step=step + 1 if step else None
-                )
+        if wandb:
+            self._wandb = metric_files.WeightsAndBiases(wandb, self._workdir, config or {})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row: numbers by name, such as ``"train/loss/caption"``. One that is not finite is stored as null."""
-        if self._file is None:
+        if self._rows is None:
             return
         plain = {k: float(v) for k, v in values.items()}
-        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in plain.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in plain.items():
-                self._events.add_scalar(name, value, step)
+        self._rows.add({"step": step} | {k: v if math.isfinite(v) else None for k, v in plain.items()})
+        for sink in (self._events, self._wandb):
+            if sink is not None:
+                sink.scalars(step, plain)
 
     def text(self, name: str, text: str) -> None:
         """A text for TensorBoard's text tab, such as the configuration."""
         if self._events is not None:
-            self._events.add_text(name, text)
+            self._events.text(name, text)
 
-    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> list[pathlib.Path]:
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> list[epath.Path]:
         """Saves uint8 [height, width, 3] pictures as ``<workdir>/pictures/<step>_<name>.png`` and in TensorBoard.
 
         Returns the files written. Raises ValueError naming the picture if it is something else.
         """
-        if self._file is None:
+        if self._rows is None:
             return []
         from PIL import Image
 
-        folder = self._workdir / "pictures"
-        folder.mkdir(exist_ok=True)
-        files = []
+        paths = []
         for name, picture in pictures.items():
             picture = np.asarray(picture)
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
@@ -93,25 +95,39 @@ class MetricWriter:
                     f"picture {name!r} is {picture.dtype} {picture.shape}, expected uint8 [height, width, 3]"
                 )
             safe = "".join(c if c.isalnum() or c in "-_.@" else "_" for c in name)
-            files.append(folder / f"{step:08d}_{safe}.png")
-            Image.fromarray(picture).save(files[-1])
-            if self._events is not None:
-                self._events.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
-        return files
+            paths.append(self._workdir / "pictures" / f"{step:08d}_{safe}.png")
+            encoded = io.BytesIO()
+            Image.fromarray(picture).save(encoded, "PNG")
+            files.write_whole(paths[-1], encoded.getvalue())
+            for sink in (self._events, self._wandb):
+                if sink is not None:
+                    sink.picture(step, f"pictures/{name}", picture)
+        return paths
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Writes what is not written yet."""
+        for sink in (self._rows, self._events, self._wandb):
+            if sink is not None:
+                sink.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl. A last line cut short by a killed process is left out."""
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
+    return metric_files.read_rows(epath.Path(workdir) / "metrics.jsonl")
+
+
+def device_memory() -> dict[str, float]:
+    """GiB of this process's first device: in use now, and the most there was. On CPUs the memory of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        names = {"bytes_in_use": "memory/in_use_gib", "peak_bytes_in_use": "memory/peak_gib"}
+        return {name: stats[key] / 2**30 for key, name in names.items() if key in stats}
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    out = {"memory/peak_gib": usage / 2**30}
+    with contextlib.suppress(OSError):  # other systems than Linux say the peak only
+        used = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+        out = {"memory/in_use_gib": used, "memory/peak_gib": max(used, usage / 2**30)}
+    return out
 
 
 class Progress:
@@ -170,43 +186,54 @@ def mean_loss(losses: Mapping[str, float]) -> float:
 
 
 class Window:
-    """Sums the values of the steps between two lines of metrics, and the time they took without pauses."""
+    """Sums the values of the steps between two lines of metrics, and the time they took: steps and waits for input."""
 
-    def __init__(self, model: Any, modalities: ModalitySet, masking: Masking, batch: int, peak: float):
+    def __init__(
+        self,
+        model: Any,
+        modalities: ModalitySet,
+        masking: Masking,
+        batch: int,
+        peak: float,
+        clock: goodput.Clock,
+    ):
         self._model, self._modalities, self._batch, self._peak = model, modalities, batch, peak
         self._masking, self._slots = masking, (masking.input_range[1], masking.target_range[1])
         self._values: list[dict[str, np.ndarray]] = []
-        self._start, self._paused = time.perf_counter(), 0.0
+        self._clock, self._before = clock, clock.read()
 
     def add(self, values: dict[str, np.ndarray]) -> None:
         self._values.append(values)
 
-    def pause(self) -> None:
-        self._pause_start = time.perf_counter()
-
-    def resume(self) -> None:
-        self._paused += time.perf_counter() - self._pause_start
-
     def close(self) -> dict[str, float]:
-        """The row of metrics, and a new window."""
-        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        """The row of metrics, and a new window. Skipped steps count for everything but loss and gradient norm."""
+        now = self._clock.read()
+        steps, waits = (now[cause] - self._before[cause] for cause in ("step", "data"))
+        seconds = max(steps + waits, 1e-9)
         values, count = self._values, len(self._values)
-        sums, counts = (np.sum([v[k] for v in values], axis=0, dtype=np.float64) for k in ("sums", "counts"))
+        kept = [v for v in values if not v["skipped"]]
+        counts = np.sum([v["counts"] for v in values], axis=0, dtype=np.float64)
+        # Of no step at all, nan.
+        mean = lambda name: np.mean([v[name] for v in kept]) if kept else np.nan  # noqa: E731
         of = {n: self._modalities.index(n) for n in self._modalities.outputs}
         samples = self._batch * count
         work = flops.step_flops(self._model, self._modalities, self._masking, samples, counts)
-        row = {"train/loss": np.mean([v["loss"] for v in values])}
-        row |= {f"train/loss/{n}": sums[i] / counts[i] for n, i in of.items() if counts[i]}
+        row = {"train/loss": mean("loss")}
+        if kept:
+            sums, own = (np.sum([v[k] for v in kept], axis=0, dtype=np.float64) for k in ("sums", "counts"))
+            row |= {f"train/loss/{n}": sums[i] / own[i] for n, i in of.items() if own[i]}
         row |= {f"train/targets_per_sample/{n}": counts[i] / samples for n, i in of.items()}
         row |= {
+            "train/skipped": count - len(kept),
             "optimizer/lr": values[-1]["lr"],
-            "optimizer/grad_norm": np.mean([v["grad_norm"] for v in values]),
+            "optimizer/grad_norm": mean("grad_norm"),
             "data/filled_inputs": np.mean([v["inputs"] for v in values]),
             "data/filled_targets": np.mean([v["targets"] for v in values]),
             "speed/samples_per_s": samples / seconds,
             "speed/tokens_per_s": samples * sum(self._slots) / seconds,
             "speed/step_s": seconds / count,
+            "speed/input_wait_s": waits / count,
             "speed/mfu": work / seconds / self._peak,
         }
-        self._values, self._start, self._paused = [], time.perf_counter(), 0.0
+        self._values, self._before = [], now
         return {k: float(v) for k, v in row.items()}

@@ -128,18 +128,19 @@ def test_shipped_configurations(path):
 def test_reference_recipes_build(name):
     import jax
 
-    from fm4m import model, optim, sharding, step, train
+    from fm4m import model, optim, sharding, step
+    from fm4m import plan as plans
     from fm4m.masking import Masking, MaskingComponent
     from fm4m.modality_sets import MOD7
 
     masking = Masking(256, 256, {"*": (MaskingComponent(0.5, 0.5),)})
     c = config_lib.load(str(CONFIGS[0].with_name(f"{name}.py")))
-    steps, warmup, cooldown = train.lengths(c, config_lib.budgets(c, masking))
+    steps, warmup, cooldown = plans.lengths(c, config_lib.budgets(c, masking))
     assert (steps, warmup, cooldown) == (239_120, 4_769, 0)
     optimizer = optim.from_config(c, steps, warmup, cooldown)
     peak = 6.4e-4 if name == "4m_xl" else 3.2e-3
     assert float(optimizer.schedule(4_768)) == pytest.approx(peak, rel=1e-6)
-    sizes = train.make_model_config(c)
+    sizes = plans.make_model_config(c)
     trunk = {"4m_ti": 24_935_424, "4m_s": 59_000_832, "4m_b": 198_829_056, "4m_l": 705_744_896, "4m_xl": 2_822_971_392}
     assert model.param_counts(sizes, MOD7)["trunk"] == trunk[name]
     state = jax.eval_shape(lambda: step.init_state(c, sizes, MOD7, optimizer))

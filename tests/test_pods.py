@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from fm4m import config as config_lib
-from fm4m import optim, recipes, sharding, step, train
+from fm4m import optim, recipes, sharding, step
+from fm4m import plan as plans
 from fm4m.batch import abstract_batch
 from fm4m.optim import path_name
 
@@ -31,8 +32,8 @@ def lowered(name, mesh):
     config = config_lib.load(str(ROOT / "configs" / f"{name}.py"))
     modalities, masking, tasks = recipes.without_data(config)
     sharding.check_batch(mesh, config.train.global_batch, config.train.accumulation)
-    model = train.make_model_config(config, "tpu", masking.most_tokens)
-    steps, warmup, cooldown = train.lengths(config, masking)
+    model = plans.make_model_config(config, "tpu", masking.most_tokens)
+    steps, warmup, cooldown = plans.lengths(config, masking)
     optimizer = optim.from_config(config, steps, warmup, cooldown)
     state = step.abstract_state(config, model, modalities, optimizer, mesh)
     batch = abstract_batch(modalities, config.train.global_batch, sharding.batch_sharding(mesh))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 from tiny_run import MODALITIES, TinyStream, tiny_config
 
-from fm4m import checkpoint, evaluate, exit_codes, metrics, optim, sharding, step, train
+from fm4m import checkpoint, evaluate, exit_codes, goodput, metrics, optim, run_folder, sharding, step, train
 from fm4m.checkpoint import CheckpointError
 from fm4m.config import ConfigError
 from fm4m.masking import mask_batch
@@ -36,7 +38,7 @@ def run(tmp_path_factory):
         asked.append(at)
         return {"sheet": np.zeros((4, 4, 3), np.uint8)}
 
-    config = tiny_config(log__pictures_every=10, optimizer__ema=0.5)
+    config = tiny_config(log__pictures_every=10, log__profile="7:2", optimizer__ema=0.5)
     return workdir, train.train(config, workdir, TinyStream(), VALIDATION, pictures), asked
 
 
@@ -56,6 +58,14 @@ def test_what_a_run_leaves_behind(run):
     assert json.loads((workdir / "config.json").read_text())["train"]["total"] == "24 steps"
     assert "decoder_embedding/mask_token" in (workdir / "parameters.txt").read_text()
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [15, 20, 24]
+    (attempt,) = goodput.read(workdir)
+    assert (attempt["first_step"], attempt["step"], attempt["ended"]) == (0, 24, "done")
+    spent = {cause for cause, seconds in attempt["seconds"].items() if seconds}
+    assert spent >= set(goodput.CAUSES) - {"restore", "data"}
+    shares = [sum(v for k, v in row.items() if k.startswith("goodput/")) for row in steps]
+    assert shares == pytest.approx([1.0] * 4) and 0 < steps[0]["goodput/step"] < 1
+    assert steps[0]["speed/input_wait_s"] >= 0 and steps[0]["memory/peak_gib"] > 0.01
+    assert list((workdir / "profile").glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_checkpoint_holds_parameters_average_and_description(run):
@@ -73,8 +83,29 @@ def test_a_finished_run_validates_again_and_changes_nothing(run):
     # How the model is run is no part of what the run is.
     config = tiny_config(optimizer__ema=0.5, model__remat="full", model__scan_group=0)
     again = train.train(config, workdir, TinyStream(), VALIDATION)
+    # The other configuration is kept beside the old one, and looking again is no attempt to train.
+    assert json.loads((workdir / "config-24.json").read_text())["model"]["remat"] is None
+    assert len(goodput.read(workdir)) == 1 and len(run_folder.read_environments(workdir)) == 2
     assert again.step == 24 and again.losses["end"] == pytest.approx(result.losses["end"], rel=1e-6)
     jax.tree.map(np.testing.assert_array_equal, again.state, result.state)
+
+
+def test_a_run_goes_back_over_damaged_checkpoints(run, tmp_path, caplog):
+    source, result, _ = run
+    workdir = shutil.copytree(source, tmp_path / "run")
+    steps = workdir / "checkpoints"
+    (steps / "24" / "meta" / "metadata").unlink()
+    data = max((steps / "20" / "opt_state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    whole, third = data.read_bytes(), data.stat().st_size // 3
+    data.write_bytes(whole[:third] + bytes(third) + whole[2 * third :])
+    again = train.train(tiny_config(optimizer__ema=0.5), workdir, TinyStream())
+    reports = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert [r.partition(" in ")[0] for r in reports] == ["the checkpoint of step 24", "the checkpoint of step 20"]
+    assert sorted(p.name for p in steps.iterdir()) == ["15", "20", "24", "damaged-20", "damaged-24"]
+    assert again.step == 24
+    for ours, theirs in zip(jax.tree.leaves(again.state), jax.tree.leaves(result.state), strict=True):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(workdir)[0], result.state["params"])
 
 
 def test_another_mixture_model_or_seed_is_refused(run):
@@ -130,10 +161,20 @@ def test_accumulation_is_exact_under_masks():
     np.testing.assert_allclose(flat[0], flat[1], rtol=1e-4, atol=1e-7 * np.abs(flat[0]).max())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
-    config = tiny_config(optimizer__blr=1e30, eval__baseline_batches=0)
-    with pytest.raises(FloatingPointError, match=r"step 3: loss .*nan.*Lower optimizer.blr"):
-        train.train(config, tmp_path, TinyStream())
+def test_steps_in_a_row_that_are_not_finite_stop_the_run_and_are_named(tmp_path):
+    large = {"optimizer__blr": 1e30, "checkpoint__every": 2, "checkpoint__asynchronous": False}
+    with pytest.raises(FloatingPointError, match=r"steps 3 to 5, .*nan.* 3 in a row .*lower optimizer.blr") as said:
+        train.train(tiny_config(**large, train__max_skipped=2), tmp_path, TinyStream())
+    for part in (" train.max_skipped = 2", "Samples 32 to 79", "newest checkpoint is step 2", "--step=3. "):
+        assert part in str(said.value)
+    # Step 2 made the parameters that step 4 may not put in place of those before.
+    assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir()] == [2]
+    rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["position"], r["grad_norm"]) for r in rows] == [(s, 16 * s - 16, "nan") for s in (3, 4, 5)]
+    # Again from step 2; the lines of what is made again are dropped.
+    with pytest.raises(FloatingPointError, match=r"step 3: .* 1 in a row"):
+        train.train(tiny_config(**large, train__max_skipped=0), tmp_path, TinyStream())
+    assert (tmp_path / "skipped.jsonl").read_text().count("\n") == 1
 
 
 def test_batch_that_devices_or_passes_do_not_divide(tmp_path):
@@ -168,67 +209,36 @@ def finish(process, out):
 
 
 def largest_difference(a, b):
-    assert set(a) == set(b)
-    return max(float(np.abs(a[k] - b[k]).max()) for k in a)
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
 @pytest.mark.slow
-def test_killed_runs_continue_bit_for_bit(tmp_path):
-    options = ("checkpoint.every=2", "eval.baseline_batches=0")
-    straight = finish(start(tmp_path / "a", tmp_path / "a.npz", *options), tmp_path / "a.npz")
-    folder, rng = tmp_path / "b" / "checkpoints", np.random.default_rng(time.time_ns())
-
-    def steps():
-        return [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder.is_dir() else []
-
-    def end_when(condition, delay, how):
-        process = start(tmp_path / "b", tmp_path / "b.npz", *options, "pause=0.05")
-        deadline = time.time() + TIMEOUT
-        while not condition() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.0005)
-        time.sleep(delay)
-        assert process.poll() is None, (tmp_path / "b.npz.log").read_text()[-3000:]
-        process.send_signal(how)
-        return process.wait(timeout=TIMEOUT), max(steps(), default=0)
-
-    # At a random moment after the first checkpoint, then while a checkpoint is being written.
-    _, first = end_when(steps, rng.uniform(0, 0.4), signal.SIGKILL)
-    _, second = end_when(
-        lambda: max(steps()) > first and any("tmp" in p.name for p in folder.iterdir()), 0.0, signal.SIGKILL
-    )
-    # The notice of a preemption: saved after the step it is in.
-    code, third = end_when(lambda: max(steps()) > second, 0.0, signal.SIGTERM)
-    assert code == exit_codes.PREEMPTED and third > second
-    assert f"stopped at step {third} of 24 (SIGTERM" in (tmp_path / "b.npz.log").read_text()
-    resumed = finish(start(tmp_path / "b", tmp_path / "b.npz", *options), tmp_path / "b.npz")
-    assert "continuing at step" in (tmp_path / "b.npz.log").read_text()
-    for name, value in straight.items():
-        assert value.tobytes() == resumed[name].tobytes(), name
-
-
-@pytest.mark.slow
-def test_two_processes_agree_with_one_and_one_continues_them(tmp_path):
-    one = finish(start(tmp_path / "1", tmp_path / "1.npz"), tmp_path / "1.npz")
+def test_two_processes_agree_with_one_and_one_continues_them(tmp_path, caplog):
+    one = train.train(tiny_config(), tmp_path / "1", TinyStream(), VALIDATION)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     outs = [tmp_path / f"2_{i}.npz" for i in range(2)]
-    # Twelve steps on two processes of two devices, the rest on one process of one device.
+    # Some steps on two processes of two devices, until one of them hears that its machine goes; then one process.
+    options = ("log.pictures_every=6", "pause=0.7")
     both = [
-        start(
-            tmp_path / "2", out, "train.stop_after=12", "log.pictures_every=6", devices=2, JAX_PROCESS_ID=str(i), **env
-        )
-        for i, out in enumerate(outs)
+        start(tmp_path / "2", out, *options, devices=2, JAX_PROCESS_ID=str(i), **env) for i, out in enumerate(outs)
     ]
-    assert [p.wait(timeout=TIMEOUT) for p in both] == [0, 0], pathlib.Path(f"{outs[0]}.log").read_text()[-3000:]
-    text = pathlib.Path(f"{outs[1]}.log").read_text()
-    assert "this process reads part 2 of 2" in text
-    pictures = sorted(p.name for p in (tmp_path / "2" / "pictures").iterdir())
-    assert pictures == ["00000006_norm.png", "00000012_norm.png"]
-    rest = finish(start(tmp_path / "2", tmp_path / "2.npz"), tmp_path / "2.npz")
-    assert "continuing at step 10" in (tmp_path / "2.npz.log").read_text()
-    assert largest_difference(one, rest) < 2e-6
+    deadline = time.time() + TIMEOUT
+    while not (tmp_path / "2" / "checkpoints" / "10").exists() and both[0].poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    codes, logs = [p.wait(timeout=TIMEOUT) for p in both], [pathlib.Path(f"{out}.log").read_text() for out in outs]
+    assert codes == [exit_codes.PREEMPTED] * 2, logs[0][-3000:]
+    assert "this process reads part 2 of 2" in logs[1]
+    stopped = [re.search(r"stopped at step (\d+) of 24 .SIGTERM; saved", text)[1] for text in logs]
+    assert stopped[0] == stopped[1] == max((p.name for p in (tmp_path / "2" / "checkpoints").iterdir()), key=int)
+    assert "00000006_norm.png" in [p.name for p in (tmp_path / "2" / "pictures").iterdir()]
+    with caplog.at_level("INFO", "fm4m"):
+        rest = train.train(tiny_config(), tmp_path / "2", TinyStream(), VALIDATION)
+    assert f"continuing at step {stopped[0]}" in caplog.text
+    assert largest_difference(one.state["params"], rest.state["params"]) < 2e-6
 
 
 def test_losses_of_an_average_are_those_evaluated(run):

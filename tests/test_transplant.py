@@ -10,7 +10,7 @@ import pytest
 from tiny_run import MODALITIES, TinyStream, tiny_config
 
 from fm4m import config as config_lib
-from fm4m import train
+from fm4m import plan, train
 from fm4m.interop import ml4m
 from fm4m.interop.layout import Layout
 from fm4m.loading import LoadedModel
@@ -74,7 +74,7 @@ def test_other_layers_are_refused(changes, message):
 
 def test_a_run_starts_from_a_file(tmp_path, caplog):
     config = tiny_config(train__total="4 steps", optimizer__blr=1e-12)
-    old = model(dataclasses.replace(train.make_model_config(config)), seed=5)
+    old = model(dataclasses.replace(plan.make_model_config(config)), seed=5)
     ml4m.save(tmp_path / "model", old.config, MODALITIES, old.params)
     config.train.init_from = str(tmp_path / "model")
     result = train.train(config, tmp_path / "run", TinyStream())

@@ -1,7 +1,8 @@
 """A tiny run for the tests: a made-up stream that needs no files, and a command line that trains on it.
 
 ``python tests/tiny_run.py WORKDIR OUT.npz [KEY=VALUE ...]`` trains (or continues) and writes the final parameters to
-OUT.npz. Keys are those of the configuration, and ``pause=SECONDS``: how long the source waits before each batch.
+OUT.npz. Keys are those of the configuration, ``pause=SECONDS`` (how long the source waits before each batch), and
+``hang_at=STEP`` or ``raise_at=STEP``: from that step's batch on the source of the last process hangs, or fails.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from fm4m import config as config_lib
 from fm4m.batch import RawBatch
+from fm4m.errors import DataError
 from fm4m.masking import Masking, MaskingComponent
 from fm4m.modalities import Modality, ModalitySet
 
@@ -29,12 +31,14 @@ MODALITIES = ModalitySet(
 class TinyStream:
     """Pictures of one colour with a word for it: `fm4m.stream.Stream` as a function of (seed, position)."""
 
-    def __init__(self, *, split="train", seed=0, size=100, finite=False, rate=1.0, pause=0.0, modalities=MODALITIES):
+    def __init__(self, *, split="train", seed=0, size=100, finite=False, rate=1.0, pause=0.0, modalities=MODALITIES,
+                 hang_at=0, raise_at=0):  # fmt: skip
         self.name, self.split, self.seed, self.size = "tiny", split, seed, size
         self.modalities, self.tasks = modalities, ("tiny",)
         self.masking = Masking(10, 8, {"*": (MaskingComponent(inputs=1.0, targets=1.0),)})
         self.resolved = {"name": "tiny", "split": split, "tasks": {"tiny": {"rate": rate, "size": size}}}
         self._finite, self._pause = finite, pause
+        self._hang_at, self._raise_at = hang_at, raise_at
 
     def batches(self, *, position, global_batch, shard=0, shards=1):
         if global_batch % shards:
@@ -42,6 +46,11 @@ class TinyStream:
         rows = global_batch // shards
         while not self._finite or position < self.size:
             time.sleep(self._pause)
+            if jax.process_index() == jax.process_count() - 1:
+                while 0 < self._hang_at <= 1 + position // global_batch:
+                    time.sleep(1)
+                if 0 < self._raise_at <= 1 + position // global_batch:
+                    raise DataError("tiny/train/words/00000.array_record, record 7 cannot be read: it is gone")
             yield self._batch(position + shard * rows + np.arange(rows))
             position += global_batch
 
@@ -61,7 +70,7 @@ class TinyStream:
             for m, value in codes.items():
                 start = self.modalities.slot_offset[m]
                 tokens[row, start : start + len(value)] = value
-            length[row] = 16, 16, words
+            length[row, :3] = 16, 16, words
         return RawBatch(tokens, length, np.zeros(len(positions), np.uint8), {"image": image})
 
 
@@ -102,25 +111,31 @@ def picture_of(params, step):
 def main():
     import logging
 
-    from fm4m import exit_codes, sharding, train
+    from fm4m import sharding, train
 
     workdir, out, *pairs = sys.argv[1:]
     options = dict(pair.split("=", 1) for pair in pairs)
-    pause = float(options.pop("pause", 0))
+    given = {name: float(options.pop(name, 0)) for name in ("pause", "hang_at", "raise_at")}
     numbers = {k.replace(".", "__"): int(v) if v.lstrip("-").isdigit() else v for k, v in options.items()}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
-    train.start_processes()
     config = tiny_config(**numbers)
-    evaluation = TinyStream(split="validation", size=40, finite=True)
-    result = train.train(config, workdir, TinyStream(pause=pause), evaluation, picture_of)
-    mesh = sharding.make_mesh(**config.mesh)
-    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(result.state["params"])
-    if jax.process_index() == 0:
-        save_params(out, whole)
-    if jax.process_count() > 1:
+
+    def run():
+        evaluation = TinyStream(split="validation", size=40, finite=True)
+        result = train.train(config, workdir, TinyStream(**given), evaluation, picture_of)
+        mesh = sharding.make_mesh(**config.mesh)
+        whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(result.state["params"])
+        if jax.process_index() == 0:
+            save_params(out, whole)
+        return result
+
+    code = train.exit_code(config, workdir, run)
+    if jax.process_count() > 1 and code in (0, 75):
         jax.distributed.shutdown()
-    sys.exit(exit_codes.PREEMPTED if result.preempted else exit_codes.DONE)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    from fm4m import processes
+
+    processes.run(main)
