@@ -237,7 +237,8 @@ def split_duration(text: str, key: str) -> tuple[float, str]:
     match = _DURATION.fullmatch(text) if isinstance(text, str) else None
     if not match:
         raise ConfigError(
-            f"{key} = {text!r} is not a length: write a number and steps, samples or tokens, as in '500B tokens'"
+            f"{key} = {str(text)[:200]!r} is not a length: write a number and steps, samples or tokens, as in "
+            "'500B tokens'"
         )
     unit = match[3] if match[3].endswith("s") else match[3] + "s"
     amount = float(match[1].replace("_", "")) * _SCALES[match[2]]
@@ -284,7 +285,8 @@ def requirements(c: ml_collections.ConfigDict) -> Callable[[bool, str, str], Non
 
     def need(ok: bool, key: str, what: str) -> None:
         if not ok:
-            raise ConfigError(f"{key} = {_leaf(c, key)!r}: {what}")
+            given = repr(_leaf(c, key))
+            raise ConfigError(f"{key} = {given if len(given) <= 200 else given[:200] + '...'}: {what}")
 
     return need
 

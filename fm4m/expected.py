@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -70,7 +71,9 @@ def corrected(expected: Mapping[str, float], measured: Sequence[str]) -> dict[st
         try:
             expected[name] = float(number)
         except ValueError:
-            raise ConfigError(f"train.expected_targets: {text!r} is not NAME=NUMBER, as in 'caption=11.5'") from None
+            expected[name] = math.nan
+        if not 0 <= expected[name] < math.inf:
+            raise ConfigError(f"train.expected_targets: {text!r} is not NAME=NUMBER, as in 'caption=11.5'")
     return expected
 
 

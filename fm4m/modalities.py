@@ -104,12 +104,21 @@ class Modality:
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> Modality:
-        """Inverse of `to_dict`. Raises ValueError for an unknown field."""
+        """Inverse of `to_dict`. Raises ValueError for an unknown, missing or mistyped field."""
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"a modality is described by an object, not by {fields!r}")
         known = [f.name for f in dataclasses.fields(cls)]
-        for key in fields:
+        name, fields = fields.get("name"), dict(fields)
+        for key, value in fields.items():
             if key not in known:
-                raise ValueError(f"modality {fields.get('name')!r}: unknown field {key!r}; known: {', '.join(known)}")
-        fields = dict(fields)
+                raise ValueError(f"modality {name!r}: unknown field {key!r}; known: {', '.join(known)}")
+            kind = {"name": str, "kind": str, "learned_positions": bool}.get(key, int)
+            pair = key == "grid" and isinstance(value, (list, tuple)) and [type(n) for n in value] == [int, int]
+            if type(value) is not kind and not pair and not (key == "grid" and value is None):
+                raise ValueError(f"modality {name!r}: {key} = {value!r} is of the wrong type")
+        for key in ("name", "kind"):
+            if key not in fields:
+                raise ValueError(f"modality {name!r}: field {key!r} is missing")
         if fields.get("grid") is not None:
             fields["grid"] = tuple(fields["grid"])
         return cls(**fields)
@@ -304,9 +313,15 @@ class ModalitySet:
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> ModalitySet:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`. Raises ValueError for anything else."""
+        lists = [fields.get(key) for key in ("modalities", "inputs", "outputs")] if isinstance(fields, Mapping) else [0]
+        if not all(isinstance(entries, (list, tuple)) for entries in lists):
+            raise ValueError("a modality set is described by the lists 'modalities', 'inputs' and 'outputs'")
         modalities = tuple(Modality.from_dict(m) for m in fields["modalities"])
-        return cls(modalities, tuple(fields["inputs"]), tuple(fields["outputs"]))
+        try:
+            return cls(modalities, tuple(map(str, fields["inputs"])), tuple(map(str, fields["outputs"])))
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
 
 
 def _offsets(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:

@@ -77,6 +77,12 @@ class ModelConfig:
     def __post_init__(self):
         if min(self.dim, self.encoder_depth, self.decoder_depth, self.num_heads) < 1:
             raise ValueError(f"dim, depths and num_heads must be positive: {self}")
+        # Bounds that no model reaches: larger numbers end in some library, without a name.
+        for field, least, most in (("dim", 1, 2**20), ("encoder_depth", 1, 2**16), ("decoder_depth", 1, 2**16),
+                                   ("mlp_ratio", 0, 1000), ("mlp_multiple", 1, 2**20), ("scan_group", 0, 2**16),
+                                   ("num_register_tokens", 0, 2**16)):  # fmt: skip
+            if not least <= getattr(self, field) <= most:
+                raise ValueError(f"{field} {getattr(self, field)} must be {least} to {most}")
         if self.dim % self.num_heads or self.dim % 4:
             raise ValueError(f"dim {self.dim} must be a multiple of num_heads ({self.num_heads}) and of 4")
         if self.mlp_multiple < 1 or self.mlp_dim < 1:

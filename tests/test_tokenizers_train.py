@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fork_runs import Runs
 
 from configs.tokenizers import ml4m, rooms, rooms128
 from fm4m import checkpoint, metrics, optim, sharding
@@ -107,6 +110,29 @@ def test_continues_exactly(whole, tmp_path):
     other.seed = 1
     with pytest.raises(checkpoint.CheckpointError, match=r"seed was 0, is 1"):
         run(other, tmp_path)
+
+
+def main():
+    """A run in a process of its own, for the next test: FOLDER, and the file to write."""
+    folder, file = sys.argv[1:]
+    io.save(file, run(tiny(**OPTIONS), folder).tokenizer)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_file(whole, tmp_path):
+    expected, file = tmp_path / "expected.safetensors", tmp_path / "rgb.safetensors"
+    io.save(expected, whole[0].tokenizer)
+    argv, log = [str(tmp_path / "run"), str(file)], tmp_path / "log"
+    with Runs("test_tokenizers_train") as runs:
+        pid = runs.start(argv, log)
+        while not (tmp_path / "run" / "checkpoints" / "20").exists() and pathlib.Path(f"/proc/{pid}").exists():
+            time.sleep(0.001)
+        time.sleep(np.random.default_rng(time.time_ns()).uniform(0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        assert runs.wait() == -signal.SIGKILL, log.read_text()[-3000:]
+        runs.start(argv, log)
+        assert runs.wait() == 0, log.read_text()[-3000:]
+    assert file.read_bytes() == expected.read_bytes()
 
 
 def test_frozen_encoder_trains_the_decoder_alone(whole, tmp_path):

@@ -279,7 +279,7 @@ class VQConfig:
         """Inverse of `to_json`; ValueError for text that is not a JSON object, unknown keys or missing keys."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tokenizer configuration is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"tokenizer configuration must be a JSON object, got {type(values).__name__}")

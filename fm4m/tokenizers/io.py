@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,18 @@ def save(path: str | os.PathLike, tokenizer: Tokenizer, dtype: str = "float32") 
 
     with complete_file(path) as beside:
         # As bytes rather than by `save_file`, which makes files that only their owner may read.
-        beside.write_bytes(to_bytes(tensors, metadata=metadata))
+        beside.write_bytes(_sorted_metadata(to_bytes(tensors, metadata=metadata)))
+
+
+def _sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in an order that differs from call to call,
+    and equal tokenizers should be equal files."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def load(
@@ -124,7 +136,7 @@ def load(
     try:
         config = VQConfig.from_json(metadata["config"])
         origin = json.loads(metadata["origin"]) if "origin" in metadata else None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     if domain not in (None, config.domain):
         raise ValueError(f"{path} is a tokenizer of domain {config.domain!r}, not {domain!r}")

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm4m import checkpoint, metrics, optim, sharding
+from fm4m import checkpoint, metrics, optim, processes, sharding
 from fm4m.config import ConfigError
 from fm4m.tokenizers import arrays, io, preprocess, quantize, train_config, train_step, vqvae_model
 from fm4m.tokenizers.config import VQConfig
@@ -351,9 +351,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    from fm4m.train import start_processes
-
-    start_processes()
+    try:
+        processes.start()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
@@ -369,4 +371,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.run(main)
