@@ -11,17 +11,13 @@ sample, and the codes (codes.npz). Every target becomes a condition of the next 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from fm4m.generate import presets
 from fm4m.generate.generator import Target
 from fm4m.generate.session import Session, known_modalities, read_mask
-
-_FIELDS = {f.name: f for f in dataclasses.fields(Target) if f.name not in ("name", "conditions")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="generate a part of a given modality anew: a mask picture (white changes) or "
                         "xmin,ymin,xmax,ymax from 0 to 1")  # fmt: skip
     parser.add_argument("--set", nargs="+", default=[], metavar="[NAME.]KEY=VALUE",
-                        help=f"settings of all targets or of one: {', '.join(_FIELDS)}")  # fmt: skip
+                        help=f"settings of all targets or of one: {', '.join(presets.SETTINGS)}")  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="how many results to draw from the same inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", action="append", metavar="NAME=KIND:FILE",
@@ -107,26 +103,12 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
 
 
 def _target(session: Session, name: str, given: Sequence[str], settings: Sequence[tuple[str, str]]) -> Target:
-    target = presets.target(session.modalities, name, given)
-    values: dict[str, Any] = {}
+    values = {}
     for key, value in settings:
         whose, _, field = key.rpartition(".")
-        if field not in _FIELDS:
-            raise ValueError(f"--set: there is no setting {field!r}; known: {', '.join(_FIELDS)}")
-        if whose and session.name_of(whose, session.modalities.outputs) != name:
-            continue
-        kind = {bool: _flag}.get(type(getattr(target, field)), type(getattr(target, field)))
-        try:
-            values[field] = kind(value)
-        except ValueError:
-            raise ValueError(f"--set: {key}={value!r} is no {kind.__name__.strip('_')}") from None
-    return dataclasses.replace(target, **values)
-
-
-def _flag(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+        if not whose or session.name_of(whose, session.modalities.outputs) == name:
+            values[field] = value
+    return presets.changed(presets.target(session.modalities, name, given), values)
 
 
 if __name__ == "__main__":

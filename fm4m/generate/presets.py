@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from fm4m.generate.generator import Target
 from fm4m.modalities import ModalitySet
@@ -13,6 +15,8 @@ ORDER = (
     "tok_sam_edge", "tok_rgb", "caption", "det", "human_poses", "sam_instance", "color_palette", "metadata",
 )  # fmt: skip
 _SEQUENCE_TEMPERATURE = {"caption": 0.3, "det": 0.3, "sam_instance": 0.01}
+# What a user may set of a target by its name.
+SETTINGS = tuple(f.name for f in dataclasses.fields(Target) if f.name not in ("name", "conditions"))
 _FEATURES = ("tok_dinov2", "tok_imagebind")
 # From here on a grid is generated at the larger resolution of a super-resolution model.
 _LARGE_GRID = 784
@@ -48,3 +52,22 @@ def target(modalities: ModalitySet, name: str, given: Sequence[str]) -> Target:
     if base in _FEATURES:
         return Target(name, steps=8, temperature=0.01, guidance=2.0, top_p=TOP_P)
     return Target(name, steps=25 if base == "tok_rgb" else 8, temperature=3.0, guidance=2.0, **falling)
+
+
+def changed(target: Target, settings: Mapping[str, str]) -> Target:
+    """A target with settings from a command line, their values as texts.
+
+    Raises:
+      ValueError: there is no such setting, or the text is not of its type.
+    """
+    values: dict[str, Any] = {}
+    for key, text in settings.items():
+        if key not in SETTINGS:
+            raise ValueError(f"--set: there is no setting {key!r}; known: {', '.join(SETTINGS)}")
+        kind = type(getattr(target, key))
+        try:
+            values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            wanted = "true or false" if kind is bool else kind.__name__
+            raise ValueError(f"--set: {key}={text!r} is no {wanted}") from None
+    return dataclasses.replace(target, **values)

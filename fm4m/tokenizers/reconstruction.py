@@ -28,21 +28,36 @@ def abs_rel(target: np.ndarray, prediction: np.ndarray) -> float:
     return float(np.mean(np.abs(align_scale_shift(target, prediction) - target) / np.maximum(target, 1e-6)))
 
 
-def mean_angle(target: np.ndarray, prediction: np.ndarray) -> float:
-    """Mean angle in degrees between two maps of normals stored as uint8 [B, H, W, 3]."""
+def angles(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Angles in degrees between two maps of normals stored as uint8 [B, H, W, 3]: float64 [B, H, W]."""
     a, b = (x.astype(np.float64) / 127.5 - 1.0 for x in (target, prediction))
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     cosine = np.sum(a * b, axis=-1) / np.maximum(norms, 1e-9)
-    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))).mean())
+    return np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0)))
+
+
+def mean_angle(target: np.ndarray, prediction: np.ndarray) -> float:
+    """Mean of `angles`."""
+    return float(angles(target, prediction).mean())
+
+
+def confusion(target: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [classes, classes]: pixels of each true class (rows) by predicted class, of ids [B, H, W]."""
+    pairs = target.astype(np.int64).ravel() * num_classes + prediction.astype(np.int64).ravel()
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def mean_iou(counts: np.ndarray) -> float:
+    """Mean intersection over union over the classes present in the target, from a `confusion`."""
+    hit, present = np.diag(counts), counts.sum(1)
+    union = present + counts.sum(0) - hit
+    return float((hit / np.maximum(union, 1))[present > 0].mean())
 
 
 def segmentation(target: np.ndarray, prediction: np.ndarray, num_classes: int) -> tuple[float, float]:
-    """(mean intersection over union over the classes present in the target, pixel accuracy), ids [B, H, W]."""
-    pairs = target.astype(np.int64).ravel() * num_classes + prediction.astype(np.int64).ravel()
-    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-    hit, present = np.diag(confusion), confusion.sum(1)
-    union = present + confusion.sum(0) - hit
-    return float((hit / np.maximum(union, 1))[present > 0].mean()), float(hit.sum() / max(confusion.sum(), 1))
+    """(`mean_iou`, pixel accuracy) of ids [B, H, W]."""
+    counts = confusion(target, prediction, num_classes)
+    return mean_iou(counts), float(np.diag(counts).sum() / max(counts.sum(), 1))
 
 
 def mask_iou(target: np.ndarray, prediction: np.ndarray) -> float:
