@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
-from tiny_run import TinyStream, tiny_config
+from spoiled_stream import SpoiledStream
+from tiny_run import tiny_config
 
-from fm4m import optim, sharding, step, train
+from fm4m import optim, plan, sharding, step
 
 STEPS = 3
 PLAIN = {"model__mlp_ratio": 3.0}
@@ -18,7 +19,6 @@ ALL = PLAIN | {
     "model__share_modality_embeddings": False, "model__encoder_depth": 2, "model__decoder_depth": 2,
 }  # fmt: skip
 CASES = {
-    "2 x 2": ((2, 2, 1), PLAIN),
     "8 parts, 2 passes": ((1, 8, 1), PLAIN | {"train__accumulation": 2}),
     "2 x 2 x 2, groups of layers": ((2, 2, 2), ALL | {"model__scan_group": 2, "model__remat": "projections"}),
     "2 x 4, weights again in the backward pass": ((2, 4, 1), ALL | {"model__remat": "full"}),
@@ -29,10 +29,11 @@ HOW = ("train__accumulation", "model__remat", "model__scan_group")
 def run(shape, changes):
     """(losses and gradient norms of `STEPS` steps, parameters after them, the state's layouts)."""
     # A large epsilon: the gradient of a key's bias is rounding alone, which Adam would make a step of.
-    config, stream = tiny_config(optimizer__warmup="0 steps", optimizer__eps=1e-3, **changes), TinyStream()
+    config = tiny_config(optimizer__warmup="0 steps", optimizer__eps=1e-3, optimizer__ema=0.9, **changes)
+    stream = SpoiledStream(spoiled=(16 * STEPS + 5,))
     devices = jax.devices()[: int(np.prod(shape))]
     mesh = sharding.make_mesh(*shape, devices=devices)
-    model, optimizer = train.make_model_config(config), optim.from_config(config, 10, 0, 0)
+    model, optimizer = plan.make_model_config(config), optim.from_config(config, 10, 0, 0)
     abstract = step.abstract_state(config, model, stream.modalities, optimizer, mesh)
     where = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(lambda: step.init_state(config, model, stream.modalities, optimizer), out_shardings=where)()
@@ -42,7 +43,8 @@ def run(shape, changes):
     batches, values = sharding.device_batches(stream, mesh, position=0, global_batch=16), []
     for _ in range(STEPS):
         state, metrics = one_step(state, *next(batches))
-        values.append([metrics[name] for name in ("loss", "grad_norm", "inputs", "targets")])
+        values.append([metrics[name] for name in ("loss", "grad_norm", "inputs", "targets", "skipped")])
+    state = check_skipped(one_step, state, next(batches), mesh)
     return np.array(jax.device_get(values)), jax.device_get(state["params"])
 
 
@@ -63,6 +65,19 @@ def check_meshes():
     assert [int(s.data[0]) for s in batch.addressable_shards] == list(range(0, 16, 2))
     whole = sharding.on_one_device({"x": sharding.reshard(np.arange(8.0), mesh, PartitionSpec("fsdp"))})
     np.testing.assert_array_equal(whole["x"], np.arange(8.0))
+
+
+def check_skipped(one_step, state, batch, mesh):
+    """A step on a batch with a NaN changes no bit of the state on any device, but the count."""
+    bits = lambda state: [np.asarray(s.data).tobytes() for x in jax.tree.leaves(state) for s in x.addressable_shards]  # noqa: E731
+    parts = lambda state: {name: bits(tree) for name, tree in state.items() if name != "step"}  # noqa: E731
+    before, count = parts(state), int(state["step"])
+    state, values = one_step(state, *batch)
+    assert parts(state) == before and state["step"] == count + 1
+    assert [int(s.data) for s in values["skipped"].addressable_shards] == [1] * mesh.size
+    assert not np.isfinite(values["loss"]) and not np.isfinite(values["grad_norm"])
+    assert np.isfinite(values["counts"]).all() and np.isfinite(values["lr"])
+    return state
 
 
 def main():

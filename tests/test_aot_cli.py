@@ -33,10 +33,7 @@ def run(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-TINY = (
-    "--config=configs/4m_ti.py", "--config.model.encoder_depth=1", "--config.model.decoder_depth=1",
-    "--config.train.global_batch=32", "--config.data.num_inputs=64", "--config.data.num_targets=64",
-)  # fmt: skip
+TINY = "--config=tests/aot_tiny.py"
 
 
 # ---- errors
@@ -78,7 +75,7 @@ def test_what_the_worker_refuses_comes_back_as_a_sentence():
 @needs_libtpu
 @pytest.mark.slow
 def test_a_step_up_to_code_generation(tmp_path):
-    code, out, err = run(*TINY, "--topology=v4-8", "--fast", f"--json={tmp_path / 'n.json'}")
+    code, out, err = run(TINY, "--topology=v4-8", "--fast", f"--json={tmp_path / 'n.json'}")
     assert code == 0, err
     (numbers,) = json.loads((tmp_path / "n.json").read_text())
     assert numbers["chips"] == 4 and numbers["batch_per_chip"] == 8 and not numbers["complete"]
@@ -101,7 +98,7 @@ def test_a_step_up_to_code_generation(tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_step_to_the_end_of_compilation(tmp_path):
-    code, out, err = run(*TINY, "--topology=v4-8", f"--json={tmp_path / 'n.json'}", "--heaviest=3")
+    code, out, err = run(TINY, "--topology=v4-8", f"--json={tmp_path / 'n.json'}", "--heaviest=3")
     assert code == 0, err
     (numbers,) = json.loads((tmp_path / "n.json").read_text())
     e, r = numbers["estimate"], numbers["roofline"]
@@ -117,7 +114,10 @@ def test_a_step_to_the_end_of_compilation(tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_step_that_does_not_fit():
-    code, out, err = run("--config=configs/4m_xl.py", "--topology=v4-8", "--fast", "--config.train.global_batch=16384")
+    # A state of 25 GiB a chip and activations of 13; a batch as large would take the compiler three times as long.
+    code, out, err = run(
+        TINY, "--topology=v4-8", "--fast", "--config.model.dim=16384", "--config.model.num_heads=256"
+    )
     assert code == 1 and "Traceback" not in out + err
     assert "it does not fit: the step needs" in err and "v4-8 has 30.75" in err
     assert "total at the peak" in out and "optimizer state" in out
@@ -126,7 +126,7 @@ def test_a_step_that_does_not_fit():
 @needs_libtpu
 @pytest.mark.slow
 def test_two_slices_reduce_gradients_over_the_network(tmp_path):
-    code, _, err = run(*TINY, "--topology=v4-8", "--slices=2", "--fast", f"--json={tmp_path / 'n.json'}")
+    code, _, err = run(TINY, "--topology=v4-8", "--slices=2", "--fast", f"--json={tmp_path / 'n.json'}")
     assert code == 0, err
     (numbers,) = json.loads((tmp_path / "n.json").read_text())
     assert numbers["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}

@@ -161,7 +161,7 @@ def test_samples_split_among_devices_come_out_alike(generator, tmp_path):
     targets = [Target("depth", steps=2, guidance=2.0), Target("caption", temperature=0.0)]
     out = generator(given(4), targets, seed=5)
     np.savez(tmp_path / "one.npz", depth=codes(out), caption=codes(out, "caption"))
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parent)}
     code = (
         "import numpy as np, jax, test_generate_generator as t\n"

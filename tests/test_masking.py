@@ -136,7 +136,7 @@ print("sharded ok")
 @pytest.mark.slow
 def test_sharded_batches_need_no_communication():
     root = __file__.rsplit("/tests/", 1)[0]
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", _SHARDED], cwd=root, env=env, capture_output=True, text=True)
     assert "sharded ok" in done.stdout, done.stderr[-3000:]
