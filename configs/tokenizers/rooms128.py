@@ -30,13 +30,13 @@ def get_config(domain: str) -> ml_collections.ConfigDict:
     config = rooms.get_config(domain)
     config.model.image_size = (128, 128)
     config.train.init_from = f"data_pipelines/rooms/tokenizers/{domain}.safetensors"
-    config.train.total = "500 steps"
+    config.train.total = "300 steps"
     config.train.autoencoder_steps = 0
     config.codebook.kmeans = False
     # A learning rate of 5e-4, a quarter of what the shipped ones were trained with.
     config.train.global_batch = 8
     config.optimizer.blr = 0.016
-    config.optimizer.warmup = "50 steps"
+    config.optimizer.warmup = "30 steps"
     config.optimizer.ema = 0.99
     pattern = "rooms:data/rooms128/rooms_{}*.zip"
     config.data.train, config.data.validation = pattern.format("train"), pattern.format("val")
