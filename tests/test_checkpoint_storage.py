@@ -14,6 +14,7 @@ from checkpoint_cases import describe, make_abstract, restore, run_in, save_two_
 
 from fm4m import checkpoint, checkpoint_writer, stored_step
 from fm4m.checkpoint import CheckpointError, DamagedError, SaveError
+from fm4m.stored_step import steps_in
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,8 @@ def test_a_full_disk_is_an_error_that_says_what_is_complete(two_steps, tmp_path,
         with full_disk(), pytest.raises(SaveError, match=why):
             checkpoints.save(two_steps[1], describe(4))
             checkpoints.wait()
-        assert [p.name for p in checkpoints.folder.iterdir()] == ["2"]
+        # A thread of Orbax may still be writing while what is half written is removed; the next start removes the rest.
+        assert steps_in(checkpoints.folder) == [2]
         # There is room again.
         checkpoints.save(two_steps[1], describe(4))
         checkpoints.wait()
