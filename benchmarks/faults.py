@@ -287,8 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     bench, rows = Bench(folder), []
     for fault in FAULTS:
         if args.only in fault.__name__:
-            rows += fault(bench)
-            print(markdown(rows[-1:], folder).splitlines()[-1], flush=True)
+            new = fault(bench)
+            rows += new
+            print("\n".join(markdown(new, folder).splitlines()[2:]), flush=True)
     table = markdown(rows, folder)
     print(table)
     if args.out:

@@ -69,7 +69,7 @@ def report(attempts: Sequence[dict[str, Any]], run: str | os.PathLike) -> dict[s
         "damages": [a["damage"] for a in attempts if a.get("damage")],
         "refused_checkpoints": sum(a["refused"] for a in attempts),
         "failed": [a["error"] for a in attempts if "error" in a],
-        "steps": max(a["made"] for a in attempts),
+        "steps": attempts[-1]["made"],
         "steps_lost": {
             "all": sum(lost), "mean": statistics.mean(lost) if lost else 0.0, "largest": max(lost, default=0),
             "by_kind": {kind: {"mean": statistics.mean(n), "largest": max(n)} for kind, n in by_kind.items()},

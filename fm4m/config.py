@@ -1,27 +1,19 @@
-"""Every key of a run's configuration, with its meaning; reading it from the command line; and checking it.
-
-A file in ``configs/`` calls `default`, sets keys on it and returns it. The result is locked: a key that does not exist
-is an error that names the nearest one, on the command line as well as in the file.
-"""
+"""Every key of a run's configuration, with its meaning, and what values may be; a file in ``configs/`` sets some."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 import re
-import runpy
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
 from ml_collections.config_dict import placeholder
 
-from fm4m import modalities as modalities_lib
+from fm4m import config_file
+from fm4m.config_file import ConfigError as ConfigError
+from fm4m.config_file import Section, leaf, leaves, requirements
 
 # One "epoch" of the reference implementation, by which it rounds the length of a run (its token totals become steps).
 REFERENCE_EPOCH_SAMPLES = 10_000_000
@@ -31,33 +23,13 @@ SCHEDULES = ("cosine", "constant", "rsqrt")
 _SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 # Whole numbers, counts of steps among them, are 32 bits wide on devices.
 _LARGEST = 2**31 - 1
+_USAGE = "usage: python -m fm4m.train --config=configs/NAME.py [--config.SECTION.KEY=VALUE ...] --workdir=DIR"
 _DURATION = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)\s+(steps?|samples?|tokens?)\s*")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one sentence that names the key."""
-
-
-class _Section(ml_collections.ConfigDict):
-    """A ConfigDict whose unknown keys are named together with the nearest known ones."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_") and self.is_locked and name not in self:
-            raise AttributeError(modalities_lib.unknown_name(name, self.keys(), "configuration key"))
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_"):
-                raise
-            raise AttributeError(modalities_lib.unknown_name(name, self.keys(), "configuration key")) from None
-
-
-def default() -> ml_collections.ConfigDict:
+def default() -> Section:
     """A locked configuration that holds every key with its default value."""
-    c = _Section()
+    c = Section()
     # Seeds the parameters, the masks and the order of the training data. Part of a run's identity: it cannot be changed
     # on resume.
     c.seed = 0
@@ -65,7 +37,7 @@ def default() -> ml_collections.ConfigDict:
     # the big models.
     c.compilation_cache = ""
 
-    c.model = _Section()
+    c.model = Section()
     # A registered size of fm4m.sizes. Every key below that is not None replaces a field of it (fm4m.sizes.ModelConfig).
     c.model.name = "fm_tiny_6e_6d_swiglu_nobias"
     # Width of the residual stream, layers of each side, heads, and hidden width of the MLP over the width.
@@ -107,7 +79,7 @@ def default() -> ml_collections.ConfigDict:
     # Of activations and matrix products: bfloat16 or float32. Parameters are float32.
     c.model.dtype = placeholder(str)
 
-    c.data = _Section()
+    c.data = Section()
     # The mixture to train on, and the modules whose import registers it.
     c.data.mixture = "rooms"
     c.data.modules = ("data_pipelines.mixtures.rooms",)
@@ -115,7 +87,7 @@ def default() -> ml_collections.ConfigDict:
     c.data.num_inputs = 0
     c.data.num_targets = 0
 
-    c.train = _Section()
+    c.train = Section()
     # A trained model whose weights the run starts from: whatever `fm4m.load` opens (a run, a step, a folder or file of
     # the reference's format). Modalities that it lacks start fresh. "": random weights.
     c.train.init_from = ""
@@ -143,7 +115,7 @@ def default() -> ml_collections.ConfigDict:
     # Over 0: leave after this many steps of this process, saving nothing more, as a preemption would.
     c.train.stop_after = 0
 
-    c.optimizer = _Section()
+    c.optimizer = Section()
     # AdamW. The peak learning rate is blr * global_batch / 256.
     c.optimizer.blr = 1e-4
     c.optimizer.b1 = 0.9
@@ -161,7 +133,7 @@ def default() -> ml_collections.ConfigDict:
     # Decay per step of an exponential moving average of the parameters, which is then what is evaluated. 0: none.
     c.optimizer.ema = 0.0
 
-    c.mesh = _Section()
+    c.mesh = Section()
     # Devices along each axis. data: copies of the parameters (across slices); fsdp: parameters and batch are split;
     # tensor: matrices are split, every device of the axis sees the same samples. -1 takes what the others leave; if
     # both data and fsdp are -1, fsdp takes up to 16 (fm4m.sharding.LARGEST_FSDP).
@@ -169,7 +141,7 @@ def default() -> ml_collections.ConfigDict:
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
 
-    c.checkpoint = _Section()
+    c.checkpoint = Section()
     # Steps between checkpoints, and how many of the newest stay. 0 steps: only the end of the run is saved.
     c.checkpoint.every = 1000
     c.checkpoint.keep = 3
@@ -178,7 +150,7 @@ def default() -> ml_collections.ConfigDict:
     # Write in the background while training goes on.
     c.checkpoint.asynchronous = True
 
-    c.fault = _Section()
+    c.fault = Section()
     # Seconds after which a run that does not go on is ended, with the name of the process that is to blame, to be
     # continued (exit code 76; fm4m.watchdog): for a step, its input and its values; and for what takes long by nature:
     # start, compilation, checkpoints, validation, pictures. timeout 0: never.
@@ -190,7 +162,7 @@ def default() -> ml_collections.ConfigDict:
     # fm4m.watchdog, which names the culprit, finds a dead process.
     c.fault.heartbeat_timeout = 300
 
-    c.eval = _Section()
+    c.eval = Section()
     # Split to validate on, steps between validations (0: only before the first and after the last step), samples of it
     # (0: all of them), and samples a batch (0: train.global_batch / train.accumulation).
     c.eval.split = "validation"
@@ -201,7 +173,7 @@ def default() -> ml_collections.ConfigDict:
     # 0: none.
     c.eval.baseline_batches = 20
 
-    c.log = _Section()
+    c.log = Section()
     # Steps between lines of metrics, and between sample pictures (0: none).
     c.log.every = 50
     c.log.pictures_every = 0
@@ -221,12 +193,12 @@ def default() -> ml_collections.ConfigDict:
     return c.lock()
 
 
-def model_overrides(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def model_overrides(config: Section) -> dict[str, Any]:
     """The fields of the registered size that the configuration replaces."""
     return {key: config.model[key] for key in config.model if key != "name" and config.model[key] is not None}
 
 
-def budgets(config: ml_collections.ConfigDict, masking: Any) -> Any:
+def budgets(config: Section, masking: Any) -> Any:
     """A mixture's `fm4m.masking.Masking` with the numbers of tokens that the configuration replaces."""
     given = {key: config.data[key] for key in ("num_inputs", "num_targets") if config.data[key]}
     return dataclasses.replace(masking, **given)
@@ -280,23 +252,12 @@ def profiled_steps(text: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def requirements(c: ml_collections.ConfigDict) -> Callable[[bool, str, str], None]:
-    """``need(ok, key, what)``, which raises a ConfigError of the key, its value and what is allowed unless ``ok``."""
-
-    def need(ok: bool, key: str, what: str) -> None:
-        if not ok:
-            given = repr(_leaf(c, key))
-            raise ConfigError(f"{key} = {given if len(given) <= 200 else given[:200] + '...'}: {what}")
-
-    return need
-
-
-def validate(c: ml_collections.ConfigDict) -> None:
+def validate(c: Section) -> None:
     """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
 
     need = requirements(c)
-    for key in _leaves(c):
-        value = _leaf(c, key)
+    for key in leaves(c):
+        value = leaf(c, key)
         need(not isinstance(value, float) or math.isfinite(value), key, "must be a finite number")
         need(not isinstance(value, int) or abs(value) <= _LARGEST, key, f"must be {_LARGEST} at most")
     need(c.seed >= 0, "seed", "must be 0 or more")
@@ -305,7 +266,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
         need(0 <= c.data[key] <= 2**20, f"data.{key}", f"must be 0 (what the mixture says) or more, {2**20} at most")
     need(c.train.global_batch > 0, "train.global_batch", "must be at least 1")
     for key in ("train.global_batch", "eval.batch"):
-        need(_leaf(c, key) <= 2**24, key, f"must be {2**24} at most")
+        need(leaf(c, key) <= 2**24, key, f"must be {2**24} at most")
     need(c.train.accumulation > 0, "train.accumulation", "must be at least 1")
     need(
         c.train.global_batch % c.train.accumulation == 0,
@@ -342,8 +303,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     )
     for key in ("checkpoint.every", "checkpoint.keep_period", "eval.every", "eval.samples", "eval.batch",
                 "eval.baseline_batches", "log.pictures_every", "log.picture_samples"):  # fmt: skip
-        section, name = key.split(".")
-        need(c[section][name] >= 0, key, "must be 0 or more")
+        need(leaf(c, key) >= 0, key, "must be 0 or more")
     need(c.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1, or a run could not resume")
     need(c.log.every > 0, "log.every", "must be at least 1")
     need(c.fault.timeout == 0 or c.fault.timeout >= 1, "fault.timeout", "must be 0 (never) or at least 1 second")
@@ -354,107 +314,30 @@ def validate(c: ml_collections.ConfigDict) -> None:
     profiled_steps(c.log.profile)
 
 
-def from_command_line(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
+def from_command_line(argv: Sequence[str]) -> tuple[Section, str]:
     """Reads ``[program, --config=FILE, --config.a.b=VALUE ..., --workdir=DIR]``.
 
     Returns the validated configuration and the folder of the run. Ends the process with exit code 2 and one sentence on
     standard error for a missing flag, an unknown key, a value of another type or out of range.
     """
     try:
-        return _from_command_line(list(argv))
+        config, others = config_file.from_flags(argv[1:], _USAGE, default, validate, ("workdir",))
+        if not others["workdir"]:
+            raise ConfigError(f"--workdir is missing; {_USAGE}")
+        return config, others["workdir"]
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _from_command_line(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
-    workdirs = [arg for arg in argv[1:] if re.match(r"--?workdir=.", arg)]
-    config = from_flags([arg for arg in argv[1:] if arg not in workdirs], _USAGE)
-    if not workdirs:
-        raise ConfigError(f"--workdir is missing; {_USAGE}")
-    return config, workdirs[-1].split("=", 1)[1]
-
-
-def from_flags(args: Sequence[str], usage: str) -> ml_collections.ConfigDict:
+def from_flags(args: Sequence[str], usage: str) -> Section:
     """The validated configuration of ``--config=FILE`` and ``--config.SECTION.KEY=VALUE`` flags.
 
     Raises ConfigError in one sentence, which ends with ``usage`` where a flag is missing or unknown.
     """
-    argv, values = ["fm4m", *args], flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "The run: a file in configs/.", flag_values=values, sys_argv=argv)
-    # ml_collections reports what is wrong with a file or a key late and at length; look for it first.
-    for arg in args:
-        if re.match(r"--?config=", arg):
-            load(arg.split("=", 1)[1])
-        elif match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
-            known = _leaves(default())
-            if match[1] not in known:
-                section = [key for key in known if key.split(".")[0] == match[1].split(".")[0]]
-                raise ConfigError(modalities_lib.unknown_name(match[1], section or known, "configuration key"))
-    try:
-        rest = values(argv)[1:]
-    except flags.IllegalFlagValueError as error:
-        raise ConfigError(_wrong_type(str(error))) from None
-    except flags.Error as error:
-        raise ConfigError(f"{error}; {usage}") from None
-    if rest:
-        raise ConfigError(f"{rest[0]!r} is not a flag; {usage}")
-    if not values["config"].value:
-        raise ConfigError(f"--config is missing; {usage}")
-    validate(values["config"].value)
-    return values["config"].value
+    return config_file.from_flags(args, usage, default, validate)[0]
 
 
-def load(path: str) -> ml_collections.ConfigDict:
-    """The configuration that ``get_config()`` of a file returns; ``FILE.py:TEXT`` passes TEXT to it.
-
-    Raises ConfigError naming the file, and the line where one is to blame.
-    """
-    name, *argument = path.split(":", 1)
-    if not pathlib.Path(name).is_file():
-        raise ConfigError(f"there is no configuration file {name!r}")
-    try:
-        module = runpy.run_path(name)
-        config = module["get_config"](*argument)
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
-        what = "it has no function get_config()" if "get_config" not in str(error) and not lines else _plain(error)
-        raise ConfigError(f"{name}{f', line {lines[-1]}' if lines else ''}: {what}") from error
-    if not isinstance(config, _Section):
-        raise ConfigError(f"{name}: get_config() must return the configuration that fm4m.config.default() gave it")
-    return config
-
-
-_USAGE = "usage: python -m fm4m.train --config=configs/NAME.py [--config.SECTION.KEY=VALUE ...] --workdir=DIR"
-
-
-def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    out = []
-    for key in config:
-        # A placeholder's value is None, so only its type can tell a section from a key.
-        value = config[key]
-        out += _leaves(value, f"{prefix}{key}.") if isinstance(value, _Section) else [prefix + key]
-    return out
-
-
-def _leaf(config: ml_collections.ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
-def _plain(error: Exception) -> str:
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return str(text).strip() or type(error).__name__
-
-
-def _wrong_type(message: str) -> str:
-    # absl says "flag --config.a.b=x: invalid literal for int() with base 10: 'x'".
-    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.S)
-    if not match:
-        return message
-    value = default()
-    for part in match[1].split("."):
-        value = value.get_type(part) if part == match[1].rsplit(".", 1)[-1] else value[part]
-    given = match[2] if len(match[2]) <= 100 else match[2][:100] + "..."
-    return f"{match[1]} = {given!r}: expected a value of type {value.__name__}"
+def load(path: str) -> Section:
+    """The configuration of a file, as `fm4m.config_file.load` gives it, or that of ``FILE.py:TEXT``; not validated."""
+    return config_file.load(path, default)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.loss import target_slots
 from fm4m.masking_recipe import Masking, MaskingComponent
 from fm4m.modalities import ModalitySet, unknown_name

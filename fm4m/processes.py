@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from fm4m import exit_codes
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 log = logging.getLogger("fm4m")
 

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from fm4m import collectives
 from fm4m.batch import RawBatch
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.optim import path_name
 from fm4m.stream import Stream
 

@@ -10,7 +10,7 @@ import re
 import shlex
 
 from fm4m.aot import topology as topology_lib
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.files import complete_file
 from launch.gcloud import LaunchError
 

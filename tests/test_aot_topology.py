@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from fm4m.aot import topology
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"

@@ -6,7 +6,7 @@ import pytest
 
 from fm4m import config as config_lib
 from fm4m import recipes
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.expected import expected_targets, loss_slots
 from fm4m.loss import target_counts
 from fm4m.masking import Masking, MaskingComponent, mask_batch

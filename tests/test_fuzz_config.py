@@ -14,9 +14,9 @@ from mutations import fuzz
 from tiny_run import TinyStream
 
 from fm4m import config as config_lib
-from fm4m import train
+from fm4m import config_file, train
 
-KEYS = config_lib._leaves(config_lib.default())
+KEYS = config_file.leaves(config_lib.default())
 NUMBERS = ("0", "-1", "1", "2", "3", "7", "16", "1000", "1.5", "0.999", "1e-9", "1e9", "1e30", "1e400", "-0.0", "nan",
            "inf", "-inf", "1_000", "0x10", "2147483648", "999999999999", "9223372036854775808", "9" * 40,
            "9" * 5000)  # fmt: skip

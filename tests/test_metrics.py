@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fm4m import metric_files, metrics
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 
 def test_rows_events_and_pictures(tmp_path):

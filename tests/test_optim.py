@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fm4m import optim
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 
 @pytest.mark.parametrize(

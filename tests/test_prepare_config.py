@@ -8,7 +8,7 @@ import runpy
 import pytest
 
 from data_pipelines.prepare import config as config_lib
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "prepare"
 TEXT = """
@@ -92,7 +92,7 @@ def test_missing_flags_and_foreign_files(file, tmp_path):
     with pytest.raises(ConfigError, match="no configuration file"):
         config_lib.from_flags(["--out=x", "--config=nowhere.py"])
     demo = CONFIGS.parent / "demo.py"
-    with pytest.raises(ConfigError, match="does not configure a preparation"):
+    with pytest.raises(ConfigError, match=r"demo.py: .* must return .* that data_pipelines.prepare.config.default\(\) gave"):
         config_lib.from_flags(["--out=x", f"--config={demo}"])
     command = config_lib.from_flags(["--out=x", f"--config={file}", "--runner=Direct"], foreign=True)
     assert command.rest == ("--runner=Direct",)

@@ -20,7 +20,7 @@ from data_pipelines import manifest, records
 from data_pipelines.prepare import parts, registration, runner, writer
 from data_pipelines.prepare.crew import Crew
 from data_pipelines.prepare.samples import in_validation
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.modalities import Modality
 
 TEXT = str(pathlib.Path(__file__).resolve().parents[1] / "data_pipelines/rooms/tokenizers/text.json")

@@ -12,7 +12,7 @@ from data_pipelines.prepare.config import step_options
 from data_pipelines.prepare.errors import Unusable
 from data_pipelines.prepare.samples import Labels, Record, in_validation, new_records, stored_record
 from data_pipelines.prepare.sources import Item
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.tokenizers.text import TextTokenizer
 from fm4m.transforms import boxes, color_palette, human_poses, images, metadata
 from fm4m.transforms.crops import Crop

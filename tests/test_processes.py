@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from fm4m import exit_codes, processes
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 HERE = pathlib.Path(__file__).resolve().parent
 GIVEN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}

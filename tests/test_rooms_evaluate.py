@@ -47,6 +47,8 @@ def untrained(modalities=SET, entries=ENTRIES):
          "office", {"desk", "window"}, {"walls"}),
         ("a white built-in wardrobe to the left of a large bed in a bedroom with a carpet",
          "bedroom", {"built-in wardrobe", "bed"}, {"carpet"}),
+        ("a built - in wardrobe in a bedroom with two - tone walls",
+         "bedroom", {"built-in wardrobe"}, {"two-tone walls"}),
         ("three shelves and purple books in an office", "office", {"shelf", "books"}, set()),
         ("an empty kitchen with a tiled floor", "kitchen", set(), {"tiled floor"}),
         ("a vase on a table in a dining room", "dining room", {"vase", "table"}, set()),

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from fm4m import sharding
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 
 def abstract(data=1, fsdp=1, tensor=1):

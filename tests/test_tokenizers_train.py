@@ -18,7 +18,7 @@ from fork_runs import Runs
 
 from configs.tokenizers import ml4m, rooms, rooms128
 from fm4m import checkpoint, metrics, optim, sharding
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.tokenizers import arrays, augment, io, quantize, report, train, train_config, train_step
 from fm4m.tokenizers.config import VQConfig
 
@@ -93,13 +93,16 @@ def test_it_learns_and_writes_what_it_says(whole):
 
 
 def test_continues_exactly(whole, tmp_path):
-    """Crops, flips, k-means after step 6 and dead codes, with preemptions after steps 6 and 58."""
+    """Crops, flips, k-means after step 6 and dead codes; preempted after steps 6 and 58, the newest step damaged."""
     result, folder = whole
     first = run(tiny(**OPTIONS, train__stop_after=6), tmp_path)
     assert first.step == 6 and first.numbers == {}
     assert run(tiny(**OPTIONS, train__stop_after=53), tmp_path).step == 58
+    steps = tmp_path / "checkpoints"
+    largest = max((f for f in (steps / "55").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
     last = run(tiny(**OPTIONS), tmp_path)
-    assert last.numbers == result.numbers
+    assert last.numbers == result.numbers and {"damaged-55", "55", "60"} <= {f.name for f in steps.iterdir()}
     for left, right in zip(jax.tree.leaves(result.state), jax.tree.leaves(last.state), strict=True):
         np.testing.assert_array_equal(left, right)
     # What was written after the newest checkpoint before a preemption is replaced.

@@ -20,7 +20,7 @@ from tiny_run import MODALITIES, TinyStream, tiny_config
 
 from fm4m import checkpoint, evaluate, exit_codes, goodput, metrics, optim, run_folder, sharding, step, train
 from fm4m.checkpoint import CheckpointError
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.masking import mask_batch
 
 # Seconds for one child process, which needs ten on an idle machine and took three hundred on one with a load of ten.

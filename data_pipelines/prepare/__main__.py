@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from data_pipelines.prepare import config as config_lib
 from data_pipelines.prepare import runner
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from data_pipelines.prepare.parts import Job, Part, PartMaker
 from data_pipelines.prepare.plan import Plan
 from data_pipelines.prepare.report import Progress
 from data_pipelines.prepare.writer import read_part
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 USAGE = (
     "usage: python -m data_pipelines.prepare.beam_job --config=FILE [--config.SECTION.KEY=VALUE ...] --out=DIR "

@@ -30,8 +30,8 @@ from typing import Any
 
 import ml_collections
 
-from fm4m import config as config_lib
-from fm4m.config import ConfigError
+from fm4m import config_file
+from fm4m.config_file import ConfigError, Section, requirements
 from fm4m.modalities import unknown_name
 from fm4m.transforms import crops
 
@@ -80,9 +80,7 @@ class Command:
 
 def default() -> ml_collections.ConfigDict:
     """A locked configuration with every key at its default value."""
-    # Unknown keys are named with the nearest known ones, as in the configurations of training.
-    section = type(config_lib.default())
-    c = section()
+    c = Section()
     # Name of the task and the mixture that the printed registration defines.
     c.name = "my_data"
     # Where the samples come from: dict(kind="folder", path=...), "tars", "tfds" or "rooms" with the options of
@@ -90,14 +88,14 @@ def default() -> ml_collections.ConfigDict:
     c.source = {}
     # Split that the samples go to.
     c.split = "train"
-    c.validation = section()
+    c.validation = Section()
     # Share of the samples that goes to the split "validation" instead, chosen by a hash of the key: it stays the same
     # when samples are added or removed.
     c.validation.share = 0.0
     # Or a source of its own for the validation split, written like `source`.
     c.validation.source = {}
 
-    c.crops = section()
+    c.crops = Section()
     # Records made from one picture: the centred square, and count - 1 random crops, all shared by its modalities. A
     # source with stored crop settings brings its own; then this is the most that are taken.
     c.crops.count = 1
@@ -110,7 +108,7 @@ def default() -> ml_collections.ConfigDict:
 
     # Name -> dict(make=..., options), see the top of this file.
     c.modalities = {}
-    c.text = section()
+    c.text = Section()
     # The text tokenizer of steps that name none. "": one is trained from the set's captions and kept as OUT/text.json.
     c.text.tokenizer = ""
     # Ids of the trained tokenizer, 4,284 of them fixed; fewer if the captions do not give as many.
@@ -170,13 +168,7 @@ def step_options(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 def validate(c: ml_collections.ConfigDict) -> None:
     """Checks values that have the right type but no meaning. Raises ConfigError naming the key."""
 
-    def need(ok: bool, key: str, what: str) -> None:
-        if not ok:
-            value: Any = c
-            for part in key.split("."):
-                value = value[part]
-            raise ConfigError(f"{key} = {value!r}: {what}")
-
+    need = requirements(c)
     named = re.fullmatch(r"[A-Za-z_]\w*", c.name or "")
     need(bool(named), "name", "letters, digits and _ only; it is also the name of a Python module")
     need("kind" in c.source, "source", "needs kind='folder', 'tars', 'tfds' or 'rooms'")
@@ -238,10 +230,7 @@ def from_flags(args: Sequence[str], usage: str = USAGE, *, foreign: bool = False
             raise ConfigError(f"--{name} is missing; {usage}")
     if not re.fullmatch(r"[1-9]\d*", values.get("processes", "1")):
         raise ConfigError(f"--processes={values['processes']} is not a number of at least 1; {usage}")
-    config = config_lib.load(values["config"])
-    if "modalities" not in config:
-        raise ConfigError(f"{values['config']} does not configure a preparation: its get_config() must return what "
-                          "data_pipelines.prepare.config.default() gave it, with changes")  # fmt: skip
+    config = config_file.load(values["config"], default)
     for key, text in settings:
         set_key(config, key, text)
     validate(config)

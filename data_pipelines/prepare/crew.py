@@ -15,7 +15,7 @@ from data_pipelines.prepare.parts import Job, Part, PartMaker
 from data_pipelines.prepare.plan import Plan
 from data_pipelines.prepare.report import Progress
 from data_pipelines.prepare.writer import DiskFull, is_disk_full
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 # Times a part is begun before it is given up.
 TRIES = 2

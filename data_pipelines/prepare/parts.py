@@ -25,7 +25,7 @@ from data_pipelines.prepare.samples import (
 from data_pipelines.prepare.sources import Item, Source, note_word
 from data_pipelines.prepare.steps import FAILED, Made, Step, make_step
 from data_pipelines.prepare.writer import SAMPLES, PartWriter
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.modalities import Modality
 
 MAIN = "source"

@@ -20,7 +20,7 @@ from data_pipelines.prepare.config import plain, step_options
 from data_pipelines.prepare.parts import MAIN, Job, Part
 from data_pipelines.prepare.samples import VALIDATION
 from data_pipelines.prepare.sources import Source, open_source
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.files import complete_file
 
 WORK, RUN, REPORTS = ".prepare", "run.json", "reports"

@@ -22,7 +22,7 @@ from data_pipelines.prepare.plan import Plan
 from data_pipelines.prepare.samples import VALIDATION
 from data_pipelines.prepare.sources import Source
 from data_pipelines.prepare.writer import SAMPLES, SUFFIX, DiskFull, is_disk_full, read_part
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.files import complete_file
 from fm4m.modalities import Modality
 

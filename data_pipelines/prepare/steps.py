@@ -17,7 +17,7 @@ import numpy as np
 from data_pipelines.manifest import problem
 from data_pipelines.prepare.errors import Unusable
 from data_pipelines.prepare.samples import Labels, Record, generator
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.modalities import Modality
 from fm4m.transforms import boxes, captions, color_palette, human_poses, metadata
 

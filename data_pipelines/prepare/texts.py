@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipelines.prepare.errors import Unusable
 from data_pipelines.prepare.sources import Source
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.files import complete_file
 from fm4m.tokenizers.text import TextTokenizer, train_wordpiece
 

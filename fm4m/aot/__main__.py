@@ -20,7 +20,7 @@ from typing import Any
 
 from fm4m import config as config_lib
 from fm4m.aot import compiler, kernel_cost, report, roofline, topology
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.files import complete_file
 
 USAGE = "usage: python -m fm4m.aot --config=configs/NAME.py --topology=v4-128 [--config.SECTION.KEY=VALUE ...]"

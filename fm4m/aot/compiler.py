@@ -24,7 +24,7 @@ from typing import Any
 from fm4m.aot import hlo
 from fm4m.aot.chips import GIB
 from fm4m.aot.topology import Topology
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 
 _SUFFIXES = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 # Messages of libtpu when a program does not fit: "... required ... (75.07G) exceeds available HBM (30.75G)", and

@@ -18,7 +18,7 @@ from typing import Any
 
 from fm4m.aot import topology as topology_lib
 from fm4m.aot.chips import CHIPS
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.modalities import unknown_name
 
 # What kernels take beyond their bundles, waiting for copies at the ends of their rows of steps.

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from fm4m.aot.chips import CHIPS, Chip
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.modalities import unknown_name
 
 # Shapes of slices. Three-dimensional ones are tori from 4 x 4 x 4 up, whose wrap-around links the compiler must be told

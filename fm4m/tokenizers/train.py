@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm4m import checkpoint, metrics, optim, processes, sharding
-from fm4m.config import ConfigError
+from fm4m.config_file import ConfigError
 from fm4m.tokenizers import arrays, io, preprocess, quantize, train_config, train_step, vqvae_model
 from fm4m.tokenizers.config import VQConfig
 from fm4m.tokenizers.report import Window, evaluate, picture_sheet
@@ -224,22 +224,28 @@ def _open(config: Any, model: VQConfig, key: str) -> arrays.Source:
 def restore(
     run: Run, checkpoints: checkpoint.Checkpoints, identity: dict, start: Tokenizer | None, workdir: pathlib.Path
 ) -> tuple[train_step.State, int]:
-    """The newest checkpoint's state and its step, or a new state and 0. Raises CheckpointError for another run's."""
+    """State and step of the newest checkpoint that is whole, or a new state and 0.
+
+    Raises CheckpointError for another run's.
+    """
     abstract = train_step.abstract_state(run.config, run.model, run.optimizer, run.mesh)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    if (latest := checkpoints.latest()) is not None:
-        saved = checkpoints.meta(latest)["identity"]
+
+    def check(meta: dict) -> None:
+        saved = meta["identity"]
         for key in [*saved, *(k for k in identity if k not in saved)]:
             if saved.get(key) != identity.get(key):
                 raise checkpoint.CheckpointError(
-                    f"{workdir} holds step {latest} of another run: {key} was {saved.get(key)!r}, is "
+                    f"{workdir} holds step {meta['step']} of another run: {key} was {saved.get(key)!r}, is "
                     f"{identity.get(key)!r}. Continue it with its own configuration (config.json beside it), or give "
                     "this run another --workdir"
                 )
-        state = checkpoints.restore(latest, {k: v for k, v in abstract.items() if k != "step"})
-        state["step"] = jax.jit(lambda: jnp.asarray(latest, jnp.int32), out_shardings=where["step"])()
-        log.info("continuing at step %d", latest)
-        return state, latest
+
+    if found := checkpoints.restore_newest({k: v for k, v in abstract.items() if k != "step"}, check):
+        state, step = found[0], found[1]["step"]
+        state["step"] = jax.jit(lambda: jnp.asarray(step, jnp.int32), out_shardings=where["step"])()
+        log.info("continuing at step %d", step)
+        return state, step
     make = functools.partial(train_step.init_state, run.config, run.model, run.optimizer)
     state = jax.jit(make, out_shardings=where)()
     return (state if start is None else start_from(run, state, start)), 0

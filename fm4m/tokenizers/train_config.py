@@ -7,17 +7,14 @@ import json
 import math
 import pathlib
 import re
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
 from ml_collections.config_dict import placeholder
 
-from fm4m import modalities
-from fm4m.config import SCHEDULES, ConfigError, requirements
+from fm4m import config_file
+from fm4m.config import SCHEDULES
+from fm4m.config_file import ConfigError, Section, leaf, requirements
 from fm4m.tokenizers import arrays
 from fm4m.tokenizers.config import VQConfig
 
@@ -30,13 +27,13 @@ _SCALES = {"": 1, "K": 10**3, "M": 10**6}
 _LENGTH = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KM]?)\s+(step|sample|epoch)s?\s*")
 
 
-def default(**model: Any) -> ml_collections.ConfigDict:
+def default(**model: Any) -> Section:
     """A locked configuration that holds every key.
 
     Args:
       **model: fields of `VQConfig`; the others have their defaults.
     """
-    c = ml_collections.ConfigDict()
+    c = Section()
     # Seeds the parameters, the order of the data, crops, flips, image sizes and noise. Cannot be changed on resume.
     c.seed = 0
     # Folder of the persistent compilation cache ("": none).
@@ -44,7 +41,7 @@ def default(**model: Any) -> ml_collections.ConfigDict:
 
     c.model = _model_section(model)
 
-    c.data = ml_collections.ConfigDict()
+    c.data = Section()
     # Where arrays come from: "rooms:PACK.zip", "features:FILE.npy" or "images:FOLDER" (fm4m.tokenizers.arrays).
     c.data.train = ""
     c.data.validation = ""
@@ -53,7 +50,7 @@ def default(**model: Any) -> ml_collections.ConfigDict:
     # Random crops: share of the area, from and to. (1.0, 1.0): none; of files in a folder then the centred square.
     c.data.crop_scale = (1.0, 1.0)
 
-    c.train = ml_collections.ConfigDict()
+    c.train = Section()
     # Arrays of one step over all devices.
     c.train.global_batch = 256
     # Length of the run: "1500 steps", "2M samples" or "20 epochs", passes over the training source.
@@ -73,7 +70,7 @@ def default(**model: Any) -> ml_collections.ConfigDict:
     # Over 0: leave after this many steps of this process, saving nothing more, as a preemption would.
     c.train.stop_after = 0
 
-    c.loss = ml_collections.ConfigDict()
+    c.loss = Section()
     # One of fm4m.tokenizers.losses.LOSSES; "": the domain's own. A diffusion decoder has its own loss.
     c.loss.name = ""
     c.loss.commitment = 1.0
@@ -84,7 +81,7 @@ def default(**model: Any) -> ml_collections.ConfigDict:
     c.loss.perceptual_distance = "cosine"
     c.loss.perceptual_weight = 1.0
 
-    c.codebook = ml_collections.ConfigDict()
+    c.codebook = Section()
     # Moving average of the codes; 0.99 in the reference implementation.
     c.codebook.decay = 0.99
     # A code used less than uniform use divided by this is replaced by a latent of the batch. 0: never.
@@ -94,7 +91,7 @@ def default(**model: Any) -> ml_collections.ConfigDict:
     # Choose the first codes by k-means on latents, at step train.autoencoder_steps.
     c.codebook.kmeans = False
 
-    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer = Section()
     # AdamW. The peak learning rate is blr * global_batch / 256.
     c.optimizer.blr = 1e-4
     c.optimizer.b1 = 0.9
@@ -112,23 +109,23 @@ def default(**model: Any) -> ml_collections.ConfigDict:
     # 1 / (1 - ema) steps.
     c.optimizer.ema_warmup = False
 
-    c.mesh = ml_collections.ConfigDict()
+    c.mesh = Section()
     # Devices along each axis, as in fm4m.config: data has copies of the parameters, fsdp parts of them.
     c.mesh.data = -1
     c.mesh.fsdp = 1
 
-    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint = Section()
     # Steps between checkpoints, and how many of the newest stay. 0 steps: only the end of the run is saved.
     c.checkpoint.every = 1000
     c.checkpoint.keep = 2
     c.checkpoint.asynchronous = True
 
-    c.eval = ml_collections.ConfigDict()
+    c.eval = Section()
     # Steps between evaluations (0: only at the end), and arrays of the validation source (0: all of them).
     c.eval.every = 0
     c.eval.samples = 512
 
-    c.log = ml_collections.ConfigDict()
+    c.log = Section()
     # Steps between lines of metrics, and between sample pictures (0: only at the end).
     c.log.every = 50
     c.log.pictures_every = 0
@@ -140,8 +137,8 @@ def default(**model: Any) -> ml_collections.ConfigDict:
     return c.lock()
 
 
-def _model_section(given: dict[str, Any]) -> ml_collections.ConfigDict:
-    section = ml_collections.ConfigDict()
+def _model_section(given: dict[str, Any]) -> Section:
+    section = Section()
     known = {f.name: f for f in dataclasses.fields(VQConfig)}
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(f"model.{unknown[0]} is no field of a tokenizer; there are {', '.join(known)}")
@@ -149,13 +146,13 @@ def _model_section(given: dict[str, Any]) -> ml_collections.ConfigDict:
         value = given.get(name, None if field.default is dataclasses.MISSING else field.default)
         if name == "diffusion":
             if value is not None:
-                section[name] = ml_collections.ConfigDict(value.to_dict())
+                section[name] = Section(value.to_dict())
         else:
             section[name] = placeholder(tuple) if value is None else value
     return section
 
 
-def model_config(c: ml_collections.ConfigDict) -> VQConfig:
+def model_config(c: Section) -> VQConfig:
     """The tokenizer of a configuration, with what its training source says of labels and shapes.
 
     Raises ConfigError for fields that do not fit each other, FileNotFoundError for a source that is not there.
@@ -186,7 +183,7 @@ def length(text: str, key: str, *, batch: int, count: int) -> int:
     return math.ceil(amount * per_unit)
 
 
-def sizes(c: ml_collections.ConfigDict, model: VQConfig) -> tuple[tuple[int, int], ...]:
+def sizes(c: Section, model: VQConfig) -> tuple[tuple[int, int], ...]:
     """The image sizes that steps draw from; the model's own alone unless train.min_size is given.
 
     Raises ConfigError for sizes that patches do not divide, or that do not end at the model's.
@@ -205,7 +202,7 @@ def sizes(c: ml_collections.ConfigDict, model: VQConfig) -> tuple[tuple[int, int
     return found
 
 
-def validate(c: ml_collections.ConfigDict) -> None:
+def validate(c: Section) -> None:
     """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
 
     need = requirements(c)
@@ -221,21 +218,18 @@ def validate(c: ml_collections.ConfigDict) -> None:
     need(c.optimizer.blr > 0, "optimizer.blr", "must be more than 0")
     need(c.optimizer.schedule in SCHEDULES, "optimizer.schedule", f"must be one of {', '.join(SCHEDULES)}")
     for key in ("optimizer.b1", "optimizer.b2", "optimizer.ema", "codebook.decay"):
-        section, name = key.split(".")
-        need(0 <= c[section][name] < 1, key, "must be in [0, 1)")
+        need(0 <= leaf(c, key) < 1, key, "must be in [0, 1)")
     need(0 <= c.codebook.restart_until <= 1, "codebook.restart_until", "must be a share of the run")
     for key in ("train.min_size", "train.autoencoder_steps", "train.stop_after", "loss.commitment",
                 "loss.perceptual_weight", "codebook.dead_code_coefficient", "optimizer.weight_decay",
                 "optimizer.clip_norm", "checkpoint.every", "eval.every", "eval.samples",
                 "log.pictures_every"):  # fmt: skip
-        section, name = key.split(".")
-        need(c[section][name] >= 0, key, "must be 0 or more")
+        need(leaf(c, key) >= 0, key, "must be 0 or more")
     for key in ("checkpoint.keep", "log.every", "train.size_step"):
-        section, name = key.split(".")
-        need(c[section][name] > 0, key, "must be at least 1")
+        need(leaf(c, key) > 0, key, "must be at least 1")
 
 
-def identity(c: ml_collections.ConfigDict, data: dict[str, Any]) -> dict[str, Any]:
+def identity(c: Section, data: dict[str, Any]) -> dict[str, Any]:
     """What a run may not change on resume, by key: seed, data, model, and what decides its steps. JSON-able."""
     kept = {"seed": c.seed, "data": data | {"flip": c.data.flip, "crop_scale": c.data.crop_scale}}
     kept |= {"model": c.model.to_dict(), "loss": c.loss.to_dict(), "codebook": c.codebook.to_dict()}
@@ -248,51 +242,15 @@ def identity(c: ml_collections.ConfigDict, data: dict[str, Any]) -> dict[str, An
 # ---- the command line
 
 
-def from_command_line(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path, pathlib.Path]:
+def from_command_line(argv: Sequence[str]) -> tuple[Section, pathlib.Path, pathlib.Path]:
     """(configuration, folder of the run, file to write) of ``[program, --config=FILE:NAME, --out=FILE, ...]``.
 
     Without --workdir the run's folder is ``FILE.run``; without --out the file is ``WORKDIR/tokenizer.safetensors``.
     Raises ConfigError in one sentence for a missing flag, an unknown key, or a value of another type or out of range.
     """
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    flags.DEFINE_string("out", None, "The tokenizer's file.", flag_values=values)
-    config_flags.DEFINE_config_file("config", None, "FILE.py:NAME.", flag_values=values, sys_argv=list(argv))
-    known: list[str] = []
-    for arg in argv[1:]:  # ml_collections reports what is wrong with a file or a key late and at length
-        if match := re.match(r"--?config=(.*)", arg):
-            known = _leaves(load(match[1]))
-    for arg in argv[1:]:
-        if (match := re.match(r"--?(?:no)?config\.([^=]+)", arg)) and match[1] not in known:
-            near = [key for key in known if key.split(".")[0] == match[1].split(".")[0]]
-            raise ConfigError(modalities.unknown_name(match[1], near or known, "configuration key"))
-    try:
-        rest = values(list(argv))[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error}; {USAGE}") from None
-    if rest or not values["config"].value or not (values["workdir"].value or values["out"].value):
-        wrong = f"{rest[0]!r} is not a flag" if rest else "--config, and --out or --workdir, must be given"
-        raise ConfigError(f"{wrong}; {USAGE}")
-    config = values["config"].value
-    validate(config)
-    out, workdir = values["out"].value, values["workdir"].value
+    config, given = config_file.from_flags(argv[1:], USAGE, default, validate, ("workdir", "out"))
+    out, workdir = given["out"], given["workdir"]
+    if not (out or workdir):
+        raise ConfigError(f"--out or --workdir must be given; {USAGE}")
     workdir = pathlib.Path(workdir or pathlib.Path(out).with_suffix(".run"))
     return config, workdir, pathlib.Path(out or workdir / "tokenizer.safetensors")
-
-
-def load(path: str) -> ml_collections.ConfigDict:
-    """The configuration that ``get_config(NAME)`` of ``FILE.py:NAME`` returns. Raises ConfigError naming the file."""
-    name, *argument = path.split(":", 1)
-    if not pathlib.Path(name).is_file():
-        raise ConfigError(f"there is no configuration file {name!r}")
-    try:
-        return runpy.run_path(name)["get_config"](*argument)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
-def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    out = []
-    for key, value in config.items():
-        out += _leaves(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else [prefix + key]
-    return out

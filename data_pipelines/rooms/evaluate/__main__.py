@@ -84,10 +84,7 @@ def run(options: argparse.Namespace) -> None:
     extract = from_caption.lite0()
     session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
     settings.check_model(session)
-    plans = {
-        name: settings.plans(session.modalities, name, given, asked)
-        for name, given in (("rgb", [settings.PIXELS]), ("caption", [settings.CAPTION]), ("edit", [settings.RGB]))
-    }
+    plans = {name: settings.plans(session.modalities, name, asked) for name in settings.TARGETS}
     for name, chain in plans.items():
         for plan in chain:
             print(f"{name:<8} to {plan.name:<14} {settings.in_words(plan)}")
@@ -99,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         run_lib.steps(session, size, options.batch, chain)
         for size, chain in (
             (len(rooms), plans["rgb"]), (len(rooms), plans["caption"]), (2 * len(rooms), [read_back]),
-            *([(len(chosen), plans["edit"])] * len(sheets.COLOURS)),
+            *([(len(chosen), plans["edit"])] * sheets.EDITS),
         )
     )  # fmt: skip
     runner = run_lib.Runner(session, options.batch, options.seed, work)
@@ -115,8 +112,11 @@ def run(options: argparse.Namespace) -> None:
     pictures = {
         "from_rgb": sheets.rgb_sheet(session, rooms, found, chosen, f"from the picture alone: {note}"),
         "from_caption": sheets.caption_sheet(session, rooms, made, chosen, f"from the caption alone: {note}"),
-        "edits": sheets.edit_sheet(session, runner, plans["edit"][0], rooms, chosen),
-    }
+        "edits": sheets.edit_sheet(
+            session, runner, plans["edit"][0], rooms, constant, chosen,
+            f"the grey part of a picture generated anew, as its semantic map says: {note}",
+        ),
+    }  # fmt: skip
     runner.bar.close()
     for column, meaning in table.COLUMNS.items():
         print(f"{column}: {meaning}")

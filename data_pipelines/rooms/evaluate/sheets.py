@@ -7,21 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.rooms.evaluate import words
 from data_pipelines.rooms.evaluate.run import Generated, Runner
 from data_pipelines.rooms.evaluate.settings import BOXES, CAPTION, DEPTH, NORMAL, RGB, SEMSEG
-from data_pipelines.rooms.evaluate.truth import Rooms
+from data_pipelines.rooms.evaluate.truth import Constant, Rooms
 from fm4m.generate.generator import Target
 from fm4m.generate.session import Session, opened
 from fm4m.pictures import draw_sheet
 from fm4m.transforms import boxes as boxes_lib
 
 NAMES = {DEPTH: "depth", NORMAL: "normals", SEMSEG: "semantic classes", RGB: "picture", BOXES: "boxes"}
-COLOURS = ("red", "green", "blue")
+# What an edit puts in the place of the largest thing; the second where that is the first already.
+OTHER = ("bed", "wardrobe")
+EDITS = 3
 # The part of a picture that is to be generated anew is shown as this grey.
 OPEN = 128
-# No change of colour is asked for: they have none, or are part of the room.
-_NOT_CHANGED = ("window", "picture", "door", "rug", "potted plant", "food", "teddy bear", "sports ball")
+# Part of the room rather than things in it.
+_NOT_CHANGED = ("window", "picture", "door", "rug")
 
 
 def picked(rooms: Rooms, count: int) -> list[int]:
@@ -59,34 +60,35 @@ def caption_sheet(session: Session, rooms: Rooms, made: Generated, chosen: Seque
     return draw_sheet(columns, ("",), note)
 
 
-def edit_sheet(session: Session, runner: Runner, plan: Target, rooms: Rooms, chosen: Sequence[int]) -> np.ndarray:
-    """A line a room: the box of its largest thing opened and filled as three captions say. uint8 [H, W, 3]."""
-    m, tokenizer = session.modalities[RGB], session.showers[RGB].tokenizer
-    codes = tokenizer.encode(rooms.rgb[list(chosen)])
-    things = [_largest(rooms.boxes[i]) for i in chosen]
+def edit_sheet(
+    session: Session, runner: Runner, plan: Target, rooms: Rooms, constant: Constant, chosen: Sequence[int], note: str
+) -> np.ndarray:
+    """A line a room: the box of its largest thing opened, and filled as three semantic maps say. uint8 [H, W, 3].
+
+    The thing is left as it is, taken away (its pixels get the most frequent class of their place), or exchanged.
+    """
+    m, rgb, semseg = session.modalities[RGB], session.showers[RGB].tokenizer, session.showers[SEMSEG].tokenizer
+    index, true = list(chosen), rooms.semseg[list(chosen)]
+    things = [_largest(rooms.boxes[i]) for i in index]
     cells = np.stack([opened((t.xmin, t.ymin, t.xmax, t.ymax), m.grid).reshape(-1) for t in things])
-    given = np.where(cells, -1, codes)
-    text = session.showers[CAPTION].tokenizer
-    said = [words.said(rooms.captions[i]) for i in chosen]
-    made = []
-    for colour in COLOURS:
-        captions = [f"a {colour} {t.class_name} in a {s.room or 'room'}" for t, s in zip(things, said, strict=True)]
-        inputs = {RGB: given, CAPTION: [text.encode(caption) for caption in captions]}
-        made.append(runner(f"edit: {colour}", inputs, [plan]).arrays(RGB))
-    rows, columns = m.grid
-    side = rooms.rgb.shape[1] // rows, rooms.rgb.shape[2] // columns
-    mask = np.kron(cells.reshape(-1, rows, columns), np.ones((1, *side))).astype(bool)[..., None]
-    shown = tokenizer.decode(codes)
-    asked = [f"a ... {t.class_name} in a {s.room or 'room'}" for t, s in zip(things, said, strict=True)]
-    parts = (
-        ("picture", rooms.rgb[list(chosen)]),
-        ("its tokens", shown),
-        ("given", np.where(mask, np.uint8(OPEN), shown)),
-        ("given: caption", asked),
-        *((f"... {colour} ...", pictures) for colour, pictures in zip(COLOURS, made, strict=True)),
-    )
-    sheet = [(title, [[cell] for cell in cells]) for title, cells in parts]
-    return draw_sheet(sheet, ("",), "the grey part generated anew, as the caption says")
+    side = true.shape[1] // m.grid[0], true.shape[2] // m.grid[1]
+    part = np.kron(cells.reshape(-1, *m.grid), np.ones((1, *side))).astype(bool)
+    numbers = np.array([rooms.classes.index(t.class_name) for t in things])[:, None, None]
+    thing = part & (true == numbers)
+    other = [rooms.classes.index(OTHER[t.class_name == OTHER[0]]) for t in things]
+    maps = {
+        "as it is": true,
+        "thing gone": np.where(thing, constant.semseg, true),
+        "another instead": np.where(thing, np.array(other, np.uint8)[:, None, None], true),
+    }
+    codes = rgb.encode(rooms.rgb[index])
+    given, shown = np.where(cells, -1, codes), np.where(part[..., None], np.uint8(OPEN), rgb.decode(codes))
+    columns = [("picture", list(rooms.rgb[index])), ("given: tokens", list(shown))]
+    for title, wanted in maps.items():
+        made = runner(f"edit: {title}", {RGB: given, SEMSEG: semseg.encode(wanted)}, [plan]).arrays(RGB)
+        columns += [(f"given: {title}", list(semseg.to_picture(wanted))), ("generated", list(made))]
+    sheet = [(title, [[cell] for cell in cells]) for title, cells in columns]
+    return draw_sheet(sheet, ("",), note)
 
 
 def _largest(boxes: Sequence[boxes_lib.Box]) -> boxes_lib.Box:

@@ -44,7 +44,8 @@ def said(caption: str) -> Said:
     >>> said("two blue chairs and a small lamp in a living room with brick walls").things == {"chair", "lamp"}
     True
     """
-    caption = caption.lower()
+    # The text tokenizer sets spaces around hyphens.
+    caption = re.sub(r"\s*-\s*", "-", caption.lower())
     room, things, surfaces = None, set(), set()
     for phrase in _JOINTS.split(caption):
         words = phrase.split()
