@@ -128,6 +128,32 @@ def test_the_command_writes_what_it_says(loaded, photo, monkeypatch, capsys, tmp
         assert codes["tok_depth@64"].shape == (2, 64) and (codes["tok_depth@64"] >= 0).all()
 
 
+def test_a_second_model_goes_on(loaded, monkeypatch, capsys, tmp_path):
+    """A chain of two models: depth from a caption, then larger depth from both, which only the second one knows."""
+    larger = ModalitySet((SET["caption"], SET["tok_depth@64"], Modality("tok_depth@128", "tokens", 128, (16, 16))))
+    second = LoadedModel(CONFIG, larger, model.init_params(CONFIG, larger, jax.random.key(1)), {})
+    monkeypatch.setattr(fm4m, "load", lambda path, ema: second if path == "second" else loaded)
+    flags = ["--inputs", "caption=a bed", "--samples=2", "--set", "steps=2", f"--out={tmp_path / 'one'}"]
+    assert command.main(["--model=first", "--targets=depth,det", *flags]) == 0
+    first, two = tmp_path / "one" / "codes.npz", tmp_path / "two"
+    again = ["--model=second", f"--codes={first}", "--set", "steps=2"]
+    assert command.main([*again, "--targets=tok_depth@128", f"--out={two}", "--samples=2"]) == 0
+    before, after = session.read_codes(first), session.read_codes(two / "codes.npz")
+    assert set(after) == {"caption", "tok_depth@64", "tok_depth@128"}
+    assert (after["tok_depth@128"] >= 0).all() and after["tok_depth@128"].shape == (4, 256)
+    for name in ("caption", "tok_depth@64"):
+        assert (after[name] == np.repeat(before[name], 2, axis=0)).all()
+    (tmp_path / "no.npz").write_bytes(b"PK no")
+    for file, message in ((first.with_name("nowhere"), "no file"), (tmp_path / "no.npz", "not a file of codes")):
+        assert command.main(["--model=second", f"--codes={file}"]) == 2
+        assert message in capsys.readouterr().err
+    assert command.main([*again, "--inputs", f"tok_depth@64={tmp_path}/x.npy"]) == 2
+    assert "'tok_depth@64' is given twice" in capsys.readouterr().err
+    np.savez(tmp_path / "no.npz", **{"tok_rgb@64": np.zeros((2, 64), np.int32)})
+    assert command.main(["--model=second", f"--codes={tmp_path / 'no.npz'}"]) == 2
+    assert "--codes has tok_rgb@64; this model's inputs: caption" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

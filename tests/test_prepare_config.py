@@ -92,7 +92,7 @@ def test_missing_flags_and_foreign_files(file, tmp_path):
     with pytest.raises(ConfigError, match="no configuration file"):
         config_lib.from_flags(["--out=x", "--config=nowhere.py"])
     demo = CONFIGS.parent / "demo.py"
-    with pytest.raises(ConfigError, match=r"demo.py: .* must return .* that data_pipelines.prepare.config.default\(\) gave"):
+    with pytest.raises(ConfigError, match=r"demo.py: .* data_pipelines.prepare.config.default\(\) gave"):
         config_lib.from_flags(["--out=x", f"--config={demo}"])
     command = config_lib.from_flags(["--out=x", f"--config={file}", "--runner=Direct"], foreign=True)
     assert command.rest == ("--runner=Direct",)

@@ -3,6 +3,7 @@
     python -m fm4m.generate --model=runs/demo --inputs rgb=photo.png --targets=depth,normal,caption --out=out
     python -m fm4m.generate --model=runs/demo --inputs caption="a bedroom with a desk [S_1]" --targets=rgb --samples=4
     python -m fm4m.generate --model=runs/demo --inputs rgb=photo.png --edit tok_rgb=mask.png --out=out
+    python -m fm4m.generate --model=runs/larger --codes=out/codes.npz --targets=tok_rgb@128 --out=large
 
 Writes OUT/sheet.png (what was given and what was generated, a line a sample), a picture or text for every target and
 sample, and the codes (codes.npz). Every target becomes a condition of the next ones.
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 from fm4m.generate import presets
 from fm4m.generate.generator import Target
-from fm4m.generate.session import Session, known_modalities, read_mask
+from fm4m.generate.session import Session, known_modalities, read_codes, read_mask
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     parser.add_argument("--inputs", nargs="+", default=[], metavar="NAME=VALUE",
                         help="a picture, a .npy array, or a text; a text that ends with [S_1] may go on")  # fmt: skip
+    parser.add_argument("--codes", type=pathlib.Path, metavar="FILE",
+                        help="codes.npz of an earlier run, perhaps with another model: what it has and this model "
+                        "takes is given")  # fmt: skip
     parser.add_argument("--targets", default="", help="modalities to generate, comma-separated, in this order; "
                         "default: all outputs that are not given")  # fmt: skip
     parser.add_argument("--edit", nargs="+", default=[], metavar="NAME=MASK",
@@ -63,9 +67,12 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--samples must be at least 1")
     session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
     modalities = session.modalities
-    if not options.inputs:
+    if not options.inputs and not options.codes:
         raise ValueError(f"--inputs are missing; this model's {known_modalities(modalities)}")
-    canvas = session.read(dict(_pair(text, "--inputs") for text in options.inputs), options.samples)
+    codes = read_codes(options.codes) if options.codes else {}
+    if codes and not set(codes) & set(modalities.inputs):
+        raise ValueError(f"--codes has {', '.join(codes)}; this model's {known_modalities(modalities)}")
+    canvas = session.read(dict(_pair(text, "--inputs") for text in options.inputs), options.samples, codes)
     given = list(canvas.seen)
     edited = []
     for name, where in (_pair(text, "--edit") for text in options.edit):

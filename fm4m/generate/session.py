@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,25 +52,36 @@ class Session:
 
     # ---- in
 
-    def read(self, inputs: Mapping[str, Any], copies: int = 1) -> Canvas:
-        """A canvas of ``copies`` equal samples.
+    def read(
+        self, inputs: Mapping[str, Any], copies: int = 1, codes: Mapping[str, np.ndarray] | None = None
+    ) -> Canvas:
+        """A canvas of ``copies`` equal samples, or as many of every sample of ``codes``.
 
         Args:
           inputs: by modality (see `name_of`) a text, the path of a picture or of a .npy array in the stored form of its
             tokenizer, or such an array itself. A text that ends with a gap, such as "a dog [S_1]", is open: it may go
             on; other texts are complete.
+          copies: how often the same is given.
+          codes: what another session has, as `codes` gives it, for instance that of a model for smaller pictures, of
+            which this one's model makes larger ones. What is no input of this model is left out.
 
         Raises:
           ValueError: naming the modality and what was expected.
         """
+        codes = {name: rows for name, rows in (codes or {}).items() if name in self.modalities.inputs}
         known = [*dict.fromkeys((*self.modalities.inputs, *self.modalities.outputs))]
         arrays = {}
         for given, value in inputs.items():
             m = self.modalities[self.name_of(given, known)]
-            if m.name in arrays:
+            if m.name in arrays or m.name in codes:
                 raise ValueError(f"input {m.name!r} is given twice")
             arrays[m.name] = self._array(m, value)
-        repeated = {n: [a] * copies if isinstance(a, list) else np.stack([a] * copies) for n, a in arrays.items()}
+        size = copies * len(next(iter(codes.values()), [None]))
+        repeated = {n: [a] * size if isinstance(a, list) else np.stack([a] * size) for n, a in arrays.items()}
+        for name, rows in codes.items():
+            rows = np.repeat(np.asarray(rows), copies, axis=0)
+            texts = self.modalities[name].kind == "sequence"
+            repeated[name] = [row[row >= 0].tolist() for row in rows] if texts else rows
         return make_canvas(self.modalities, repeated)
 
     def _array(self, m: Modality, value: Any) -> Any:
@@ -125,6 +137,10 @@ class Session:
 
     # ---- out
 
+    def codes(self, canvas: Canvas) -> dict[str, np.ndarray]:
+        """int32 [B, max_tokens] of every discrete modality: codes or ids, and -1 where there is none."""
+        return {n: np.where(np.asarray(canvas.seen[n]), np.asarray(ids), -1) for n, ids in canvas.ids.items()}
+
     def cells(self, canvas: Canvas, name: str) -> list:
         """What to draw of a modality for each sample: a picture, a text, (picture, boxes), or None (no tokenizer)."""
         m = self.modalities[name]
@@ -161,7 +177,6 @@ class Session:
         columns += [(n, [[c] for c in self.cells(canvas, n)]) for n in targets]
         return draw_sheet(columns, ("",), note)
 
-
     def write(
         self, canvas: Canvas, given: Sequence[str], targets: Sequence[str], out: pathlib.Path, note: str
     ) -> list[pathlib.Path]:
@@ -171,8 +186,7 @@ class Session:
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / "sheet.png", out / "codes.npz"]
         Image.fromarray(self.sheet(canvas, given, targets, note)).save(paths[0])
-        arrays = {n: np.where(np.asarray(canvas.seen[n]), np.asarray(canvas.ids[n]), -1) for n in canvas.ids}
-        np.savez(paths[1], **arrays)
+        np.savez(paths[1], **self.codes(canvas))
         for name in targets:
             for b, cell in enumerate(self.cells(canvas, name)):
                 path = out / f"{name}-{b}"
@@ -185,6 +199,22 @@ class Session:
                     continue
                 paths.append(path)
         return paths
+
+
+def read_codes(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The ``codes.npz`` that `Session.write` writes. Raises ValueError for a file that is none."""
+    if not path.is_file():
+        raise ValueError(f"--codes: there is no file {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            codes = {name: file[name] for name in file.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--codes: {path} is not a file of codes ({error})") from None
+    bad = [n for n, rows in codes.items() if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.signedinteger)]
+    if bad or len({len(rows) for rows in codes.values()}) != 1:
+        raise ValueError(f"--codes: {path}: expected integers [samples, tokens] of every modality"
+                         + (f", but not so {bad[0]!r}" if bad else ""))  # fmt: skip
+    return codes
 
 
 def read_mask(where: str) -> np.ndarray | Box:
