@@ -7,10 +7,15 @@ import numpy as np
 from fm4m.tokenizers.config import VQConfig
 
 
+def psnr_of_each(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of every image in dB, uint8 [B, H, W, C] -> float64 [B]."""
+    error = np.mean((target.astype(np.float64) - prediction.astype(np.float64)) ** 2, axis=(1, 2, 3))
+    return 10.0 * np.log10(255.0**2 / np.maximum(error, 1e-8))
+
+
 def psnr(target: np.ndarray, prediction: np.ndarray) -> float:
     """Mean over images of the peak signal-to-noise ratio in dB, uint8 [B, H, W, C]."""
-    error = np.mean((target.astype(np.float64) - prediction.astype(np.float64)) ** 2, axis=(1, 2, 3))
-    return float(np.mean(10.0 * np.log10(255.0**2 / np.maximum(error, 1e-8))))
+    return float(np.mean(psnr_of_each(target, prediction)))
 
 
 def align_scale_shift(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:

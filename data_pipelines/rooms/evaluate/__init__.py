@@ -9,4 +9,6 @@
     words.py         captions as sets of words
     table.py         numbers with their errors
     sheets.py        contact sheets
+    files.py         what is left behind
+    larger.py        a super-resolution model, a command of its own
 """

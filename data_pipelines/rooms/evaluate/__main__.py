@@ -11,7 +11,6 @@ and decoded) and the best constant guess (estimated from training rooms), all ag
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 import time
@@ -19,7 +18,6 @@ from collections.abc import Sequence
 
 from data_pipelines.rooms.evaluate import settings
 from data_pipelines.rooms.pack import SHIPPED
-from fm4m.files import complete_file
 
 ROOMS_IN_SHEETS = 4
 
@@ -74,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
 
     import fm4m
-    from data_pipelines.rooms.evaluate import from_caption, from_rgb, sheets, table, truth
+    from data_pipelines.rooms.evaluate import files, from_caption, from_rgb, sheets, table, truth
     from data_pipelines.rooms.evaluate import run as run_lib
     from fm4m.generate.session import Session
 
@@ -135,20 +133,7 @@ def run(options: argparse.Namespace) -> None:
         "from_caption": table.as_json(caption_rows),
         "seconds": {**runner.seconds, "all": time.perf_counter() - start},
     }
-    _write(options.out, results, pictures)
-
-
-def _write(out: pathlib.Path, results: dict, pictures: dict) -> None:
-    from PIL import Image
-
-    out.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        with complete_file(out / f"{name}.png") as beside:
-            Image.fromarray(picture).save(beside, "PNG", optimize=True)
-    with complete_file(out / "results.json") as beside:
-        beside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    for name in (*(f"{n}.png" for n in pictures), "results.json"):
-        print(f"wrote {out / name}")
+    files.write(options.out, results, pictures)
 
 
 def _pair(text: str) -> tuple[str, str]:

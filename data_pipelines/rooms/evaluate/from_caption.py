@@ -7,7 +7,7 @@ Inception features, so the distances compare with nothing outside of this evalua
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -133,25 +133,30 @@ def retrieval_rows(features: Features, scenes: Sequence[str]) -> list[Row]:
 
 def frechet_rows(features: Features, scenes: Sequence[str]) -> list[Row]:
     """Frechet distances to the true pictures, and to what the tokenizer makes of them: what the model could reach."""
-    size = len(scenes)
-    axes = min(AXES, size // 2, *features.train.shape)
-    rows = []
-    titles = (
-        ("frechet.true", f"FD-lite0 to the true pictures, {axes} axes", features.true, features.train),
-        ("frechet.coded", f"FD-lite0 to them through the tokenizer, {axes} axes", features.coded, features.train_coded),
-    )
+    compared = {"model": features.made, "tokenizer": features.coded, "constant": features.constant}
+    title = "FD-lite0 to the true pictures"
+    rows = [frechet_row("frechet.true", title, compared, features.true, features.train, scenes)]
+    del compared["tokenizer"]  # the same pictures
+    title = "FD-lite0 to them through the tokenizer"
+    return [*rows, frechet_row("frechet.coded", title, compared, features.coded, features.train_coded, scenes)]
+
+
+def frechet_row(
+    key: str, title: str, compared: Mapping[str, np.ndarray], reference: np.ndarray, train: np.ndarray,
+    scenes: Sequence[str],
+) -> Row:  # fmt: skip
+    """Distances of features [N, D] by column to those of reference pictures, in the main axes of training pictures.
+
+    Raises ValueError if there are too few samples for a covariance.
+    """
+    axes = min(AXES, len(scenes) // 2, *train.shape)
     if not axes:
-        raise ValueError(f"Frechet distances need at least 2 samples, got {size}")
-    for key, title, reference, train in titles:
-        centre, directions = scores.principal_axes(train, axes)
-        target = (reference - centre) @ directions
-        compared = {"model": features.made, "tokenizer": features.coded, "constant": features.constant}
-        if key == "frechet.coded":
-            del compared["tokenizer"]  # the same pictures
-        numbers = {c: number(_distance((x - centre) @ directions, target), scenes) for c, x in compared.items()}
-        numbers["real"] = _real((train - centre) @ directions, target)
-        rows.append(Row(key, title, "lower", numbers, 1))
-    return rows
+        raise ValueError(f"Frechet distances need at least 2 samples, got {len(scenes)}")
+    centre, directions = scores.principal_axes(train, axes)
+    target = (reference - centre) @ directions
+    numbers = {c: number(_distance((x - centre) @ directions, target), scenes) for c, x in compared.items()}
+    numbers["real"] = _real((train - centre) @ directions, target)
+    return Row(key, f"{title}, {axes} axes", "lower", numbers, 1)
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> Statistic:

@@ -32,6 +32,8 @@ _LIKELIEST = {"temperature": 0.0, "guidance": 1.0}
 # From a caption the presets' temperatures, made for larger models, give noise. Frechet distance (see from_caption.py;
 # 32 axes, 64 rooms, 1,200 steps): RGB alone at temperature 1 57, at 0.5 38; with classes, depth and normals first 18.
 _CALM = {"temperature": 0.5, "temperature_schedule": "constant", "top_p": 0.9, "guidance": 2.0}
+# Of a super-resolution model (larger.py).
+CALM_LARGER = {"steps": 8, "temperature": 0.0}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "rgb": dict.fromkeys(TARGETS["rgb"], _LIKELIEST),
     "caption": {**{n: {**_CALM, "steps": 8} for n in (SEMSEG, DEPTH, NORMAL)}, RGB: {**_CALM, "steps": 16},

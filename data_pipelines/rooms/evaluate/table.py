@@ -19,6 +19,7 @@ COLUMNS = {
     "model": "the model",
     "tokenizer": "the tokenizer's ceiling: the truth, encoded and decoded",
     "constant": "the best guess that looks at no input, from training rooms",
+    "enlarged": "what was given, decoded and enlarged (bicubic)",
     "real": "another real sample: training pictures; of captions, that of the room's other view",
 }
 
