@@ -27,7 +27,7 @@ demo: $(READY)
 
 # One process a core, since most of a test's time is compilation on one; a file stays in one process, because its tests
 # share fixtures.
-PYTEST := $(PY) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PYTEST := $(PY) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --durations=20
 
 test: $(READY)
 	$(PYTEST)

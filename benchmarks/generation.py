@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation --model=fm_base_12e_12d_swiglu_nobias [--batch=4] [--tokens=128] [--rounds=2]
 
-RGB pixels to a caption of --tokens tokens, and RGB pixels to depth in 8 steps of ROAR with guidance, with random
+RGB pixels to a caption of --tokens tokens, and RGB pixels to depth in --steps=8 of ROAR with guidance, with random
 weights of a registered model on 4M-7's modalities. Both forms are greedy and must give the same tokens; the caption
 never stops early, so that the number of tokens is known. Times exclude compilation and take turns.
 """
@@ -28,7 +28,7 @@ from fm4m.modalities import FIRST_SENTINEL_ID, ModalitySet
 from fm4m.modality_sets import MOD7
 
 RGB, DEPTH, CAPTION = "rgb@224", "tok_depth@224", "caption"
-STEPS, GUIDANCE = 8, 2.0
+GUIDANCE = 2.0
 NEVER = -1  # a stop token that no vocabulary has
 
 
@@ -43,7 +43,9 @@ def order_of(samples: int, cells: int) -> jax.Array:
     return jax.random.uniform(jax.random.key(7), (samples, cells))
 
 
-def pairs(config, modalities: ModalitySet, batch: int, tokens: int) -> dict[str, tuple[Callable, Callable, int]]:
+def pairs(
+    config, modalities: ModalitySet, batch: int, tokens: int, steps: int
+) -> dict[str, tuple[Callable, Callable, int]]:
     """By task: ours, the plain form (both give the generated tokens), and what one call generates."""
     params = jax.jit(lambda: model_lib.init_params(config, modalities, jax.random.key(0)))()
     generator = Fixed(params, config, modalities)
@@ -70,19 +72,19 @@ def pairs(config, modalities: ModalitySet, batch: int, tokens: int) -> dict[str,
         )
 
     def our_depth():
-        target = Target(DEPTH, steps=STEPS, temperature=0.0, guidance=GUIDANCE)
+        target = Target(DEPTH, steps=steps, temperature=0.0, guidance=GUIDANCE)
         return generator(given, [target]).ids[DEPTH]
 
     def plain_depth():
         canvas = given.write(DEPTH, jnp.zeros((batch, cells), jnp.int32), jnp.zeros((batch, cells), bool))
         branches = [without(canvas, modalities, [RGB]), canvas]
-        counts = schedules.linear_schedule(STEPS, cells)
+        counts = schedules.linear_schedule(steps, cells)
         order = order_of(batch, cells)
         return plain.roar(params, config, modalities, branches, GUIDANCE, DEPTH, order, counts).ids[DEPTH]
 
     return {
         f"caption, {tokens} tokens": (our_text, plain_text, batch * (tokens - 1)),
-        f"depth, ROAR in {STEPS} steps, guided": (our_depth, plain_depth, batch * cells),
+        f"depth, ROAR in {steps} steps, guided": (our_depth, plain_depth, batch * cells),
     }
 
 
@@ -92,15 +94,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="fm_base_12e_12d_swiglu_nobias", help="a registered size (fm4m.sizes)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8, help="of ROAR")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32", help="bfloat16 on accelerators")
     args = parser.parse_args(argv)
-    if not 2 <= args.tokens <= MOD7[CAPTION].max_tokens or args.batch < 1 or args.rounds < 1:
-        parser.error("--tokens must be from 2 to 256, --batch and --rounds at least 1")
+    if not 2 <= args.tokens <= MOD7[CAPTION].max_tokens or min(args.batch, args.rounds, args.steps) < 1:
+        parser.error("--tokens must be from 2 to 256, --batch, --rounds and --steps at least 1")
     config = model_lib.model_config(args.model, dtype=args.dtype, scan_group=1)
     device = jax.devices()[0]
     print(f"{device.device_kind}; jax {jax.__version__}; {args.model}, batch {args.batch}, {args.dtype}", flush=True)
-    for task, (ours, theirs, made) in pairs(config, MOD7, args.batch, args.tokens).items():
+    for task, (ours, theirs, made) in pairs(config, MOD7, args.batch, args.tokens, args.steps).items():
         a, b = (np.asarray(f()) for f in (ours, theirs))  # compiles
         equal = (a == b).mean()
         seconds = {ours: [], theirs: []}

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fm4m import attention_tpu
 from fm4m.modalities import unknown_name
 
 # "einsum" runs everywhere and is what the others are compared with. "pallas" is `fm4m.attention_tpu`, "cudnn" the
@@ -92,6 +91,8 @@ def attention(
         return checkpoint_name(_einsum(query, key, value, visibility, num_heads), "attention")
     if implementation == "cudnn":
         return checkpoint_name(_cudnn(query, key, value, visibility, num_heads), "attention")
+    from fm4m import attention_tpu  # imports Pallas, a tenth of the start of a process that has no use for it
+
     queries, keys = tuple(visibility[:2]), tuple(visibility[2:])
     return attention_tpu.attention(query, key, value, queries, keys, num_heads, implementation == INTERPRETED)
 
@@ -111,8 +112,11 @@ def best_implementation(platform: str, head_dim: int, num_heads: int, dtype: jnp
     platforms = ("cpu", "gpu", "cuda", "rocm", "tpu")
     if platform not in platforms:
         raise KeyError(unknown_name(platform, platforms, "platform"))
-    if platform == "tpu" and not attention_tpu.unsupported(num_tokens, num_tokens, head_dim, num_heads, dtype):
-        return "pallas"
+    if platform == "tpu":
+        from fm4m import attention_tpu
+
+        if not attention_tpu.unsupported(num_tokens, num_tokens, head_dim, num_heads, dtype):
+            return "pallas"
     if platform in ("gpu", "cuda") and not _cudnn_unsupported(head_dim, dtype):
         return "cudnn"
     return "einsum"

@@ -26,8 +26,11 @@ CASES = {
 HOW = ("train__accumulation", "model__remat", "model__scan_group")
 
 
-def run(shape, changes):
-    """(losses and gradient norms of `STEPS` steps, parameters after them, the state's layouts)."""
+def run(shape, changes, start=None):
+    """(losses and gradient norms of `STEPS` steps, parameters after them, the state at the start on the host).
+
+    ``start``: of another mesh, since compiling the random numbers anew takes as long as the step.
+    """
     # A large epsilon: the gradient of a key's bias is rounding alone, which Adam would make a step of.
     config = tiny_config(optimizer__warmup="0 steps", optimizer__eps=1e-3, optimizer__ema=0.9, **changes)
     stream = SpoiledStream(spoiled=(16 * STEPS + 5,))
@@ -36,7 +39,9 @@ def run(shape, changes):
     model, optimizer = plan.make_model_config(config), optim.from_config(config, 10, 0, 0)
     abstract = step.abstract_state(config, model, stream.modalities, optimizer, mesh)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(lambda: step.init_state(config, model, stream.modalities, optimizer), out_shardings=where)()
+    fresh = jax.jit(lambda: step.init_state(config, model, stream.modalities, optimizer), out_shardings=where)
+    state = fresh() if start is None else jax.device_put(start, where)
+    start = jax.device_get(state)
     for x, sharded in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
         assert x.sharding == sharded and x.addressable_shards[0].data.shape == sharded.shard_shape(x.shape)
     one_step = step.make_step(config, model, stream.modalities, stream.masking, stream.tasks, optimizer, mesh)
@@ -45,7 +50,7 @@ def run(shape, changes):
         state, metrics = one_step(state, *next(batches))
         values.append([metrics[name] for name in ("loss", "grad_norm", "inputs", "targets", "skipped")])
     state = check_skipped(one_step, state, next(batches), mesh)
-    return np.array(jax.device_get(values)), jax.device_get(state["params"])
+    return np.array(jax.device_get(values)), jax.device_get(state["params"]), start
 
 
 def check_meshes():
@@ -87,7 +92,7 @@ def main():
         key = tuple((k, v) for k, v in changes.items() if k not in HOW)
         if key not in alone:
             alone[key] = run((1, 1, 1), dict(key))
-        values, params = run(shape, changes)
+        values, params, _ = run(shape, changes, alone[key][2])
         np.testing.assert_allclose(values, alone[key][0], rtol=5e-6, err_msg=name)
         for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(alone[key][1]), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=5e-6, err_msg=name)

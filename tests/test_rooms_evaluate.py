@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -12,13 +13,15 @@ from PIL import Image
 
 import fm4m
 from data_pipelines.rooms.evaluate import __main__ as command
-from data_pipelines.rooms.evaluate import from_caption, from_rgb, settings, table, truth, words
+from data_pipelines.rooms.evaluate import from_caption, from_rgb, larger, settings, table, truth, words
 from data_pipelines.rooms.modalities import MODALITIES
 from data_pipelines.rooms.pack import SHIPPED, RoomsPack
 from fm4m import modalities as modalities_lib
 from fm4m import model
 from fm4m.loading import LoadedModel
-from fm4m.modalities import ModalitySet
+from fm4m.modalities import Modality, ModalitySet
+from fm4m.tokenizers import io
+from fm4m.tokenizers.tokenizer import Tokenizer
 
 TOKENIZERS = pathlib.Path(truth.__file__).parents[1] / "tokenizers"
 SET = ModalitySet(tuple(modalities_lib.get(name) for name in MODALITIES if name != settings.FEATURES))
@@ -184,3 +187,38 @@ def test_the_whole_command_with_an_untrained_model(monkeypatch, capsys, tmp_path
     for name in ("from_rgb", "from_caption", "edits"):
         sheet = np.asarray(Image.open(tmp_path / f"{name}.png"))
         assert 1000 <= sheet.shape[1] <= 1400 and sheet.std() > 10
+
+
+@pytest.fixture
+def enlarging(monkeypatch, tmp_path):
+    """An untrained super-resolution model, a tokenizer of 128 pixels with the weights of 64, and enlarged rooms."""
+    small = io.load(TOKENIZERS / "rgb.safetensors")
+    io.save(tmp_path / "rgb128.safetensors", Tokenizer(
+        dataclasses.replace(small.config, image_size=(128, 128)), small.params, small.codebook, small.stats
+    ))  # fmt: skip
+    entries = (ENTRIES[0], f"{larger.LARGE}=image:{tmp_path}/rgb128.safetensors")
+    modalities = ModalitySet(
+        (modalities_lib.get(larger.SMALL), Modality(larger.LARGE, "tokens", 1024, (16, 16))), outputs=(larger.LARGE,)
+    )
+    quick(monkeypatch, untrained(modalities, entries))
+    load = truth.load_rooms
+
+    def enlarged(path, count):
+        rooms = load(path, count)
+        return dataclasses.replace(rooms, rgb=rooms.rgb.repeat(2, 1).repeat(2, 2))
+
+    monkeypatch.setattr(truth, "load_rooms", enlarged)
+    return ["--model=x", f"--data={SHIPPED}", f"--out={tmp_path}", "--samples=4", "--train-samples=8", "--batch=4"]
+
+
+def test_a_super_resolution_model_is_measured(enlarging, capsys, tmp_path):
+    assert larger.main([*enlarging, "--set", "steps=2"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    psnr = {column: n["value"] for column, n in results["larger"]["psnr"].items() if isinstance(n, dict)}
+    assert psnr["model"] < psnr["enlarged"] and 15 < psnr["enlarged"] < 30 and psnr["tokenizer"] > 15
+    assert np.asarray(Image.open(tmp_path / "larger.png")).std() > 10
+    assert "PSNR in dB" in capsys.readouterr().out
+    bad = ((["--set", "stepz=2"], "no setting 'stepz'"), (["--tokenizer", ENTRIES[0]], "needs a model"))
+    for flags, message in bad:
+        assert larger.main([*enlarging, *flags]) == 2
+        assert message in capsys.readouterr().err

@@ -37,4 +37,4 @@ MASKING = Masking(
     refill=True,
 )
 
-registry.add_mixture("rooms_larger", [("rooms_larger_128", 1.0)], masking=MASKING)
+registry.add_mixture("rooms_larger", [("rooms_larger_128", 1.0)], masking=MASKING, outputs=(LARGE.name,))
