@@ -1,9 +1,12 @@
-"""Tokenizers of the built-in rooms data set at 128 pixels, from those at 64; the argument is the domain.
+r"""Tokenizers of the built-in rooms data set at 128 pixels, from those at 64; the argument is the domain.
 
 Command:  python -m data_pipelines.rooms.generate --out=data/rooms128 --split=train --count=2048 --resolution=128
           python -m data_pipelines.rooms.generate --out=data/rooms128 --split=val --count=128 --resolution=128
-          python -m fm4m.tokenizers.train --config=configs/tokenizers/rooms128.py:depth --out=depth128.safetensors
+          python -m fm4m.tokenizers.train --config=configs/tokenizers/rooms128.py:depth \
+              --out=data/rooms128/depth.safetensors
           (depth, normal, semseg or rgb; the features of rooms are the same at any size, see rooms.py)
+Cost:     five to nine minutes of one CPU core a tokenizer.
+Expect:   AbsRel 0.036, normals 7.8 degrees, mIoU 0.66, PSNR 23.2 dB.
 
 Codes form a 16 x 16 grid of patches of 8 pixels, as many pixels a code as at 64 pixels: patches of 16 would ask each
 code to say four times as much, and 8 pixels keep chair legs and table edges. So weights and codes of the shipped
