@@ -129,14 +129,28 @@ def compile_check(runner: Runner, job: Job, full: bool) -> None:
 
 
 def forecast(job: Job, numbers: dict) -> str:
-    """Chips, predicted days and chip-hours in a sentence, from the compile check's numbers; days if it knows them."""
-    estimate = numbers.get("estimate") or {}
+    """Chips, days and chip-hours in a sentence, from the compile check's numbers: predicted, or the least there can be.
+
+    Only a compilation to the end has a schedule to predict from; the least is every operation at its roof.
+    """
+
+    def chip_hours(days: float) -> str:
+        return f"{days * 24 * job.where.chips:,.0f}"
+
     text = f"compile check: fits; {job.where.chips} chips"
-    if "expected_days" not in estimate:
-        return f"{text}. --full-check, some minutes, also predicts days and chip-hours"
-    soon, late = estimate["expected_days"]
-    hours = [days * 24 * job.where.chips for days in (soon, late)]
-    return f"{text}; predicted {soon:.1f} to {late:.1f} days, {hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"
+    if estimate := numbers.get("estimate"):
+        soon, late = estimate["expected_days"]
+        hours = f"{chip_hours(soon)} to {chip_hours(late)} chip-hours"
+        return f"{text}; predicted {_days(soon)} to {_days(late)} days, {hours}"
+    least = numbers["roofline"]["floor_days"]
+    return (
+        f"{text}; at least {_days(least)} days, {chip_hours(least)} chip-hours (every operation at its roof; "
+        "--full-check, some minutes, predicts)"
+    )
+
+
+def _days(days: float) -> str:
+    return f"{days:.1f}" if days >= 1 else f"{days:.2g}"
 
 
 def run(runner: Runner, job: Job, options: argparse.Namespace) -> int:

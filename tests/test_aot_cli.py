@@ -120,6 +120,8 @@ def test_two_slices_reduce_gradients_over_the_network(tmp_path):
     assert code == 0, err
     (numbers,) = json.loads((tmp_path / "n.json").read_text())
     assert not numbers["complete"] and numbers["estimate"] is None
+    r = numbers["roofline"]
+    assert r["floor_days"] == pytest.approx(numbers["steps"] * r["floor_seconds"] / 86400) and r["floor_days"] > 0
     assert numbers["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     networks = {(c["kind"], c["network"]) for c in numbers["collectives"]}
     assert ("all-reduce", "DCN") in networks and ("all-gather", "ICI") in networks

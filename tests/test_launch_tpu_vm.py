@@ -163,7 +163,8 @@ def test_forecast_is_days_and_chip_hours():
     job = jobs.Job("r1", "v4-128", "p", "z")
     text = tpu_vm.forecast(job, {"estimate": {"expected_days": [1.0, 2.0]}})
     assert "64 chips" in text and "1.0 to 2.0 days" in text and "1,536 to 3,072 chip-hours" in text
-    assert "--full-check" in tpu_vm.forecast(job, {"estimate": None})
+    text = tpu_vm.forecast(job, {"estimate": None, "roofline": {"floor_days": 0.3}})
+    assert "64 chips; at least 0.3 days, 461 chip-hours" in text and "--full-check" in text
 
 
 def test_damaged_job_file_is_a_sentence(cloud):
@@ -182,7 +183,9 @@ def test_compile_check_comes_before_anything_is_made(cloud, monkeypatch):
             if "fm4m.aot" not in command:
                 return super().run(command, timeout)
             assert command[3:-1] == ["--config=configs/4m_l.py", "--topology=v4-16", "--slices=1", "--fast"]
-            pathlib.Path(command[-1].removeprefix("--json=")).write_text('[{"estimate": null}]')
+            pathlib.Path(command[-1].removeprefix("--json=")).write_text(
+                '[{"estimate": null, "roofline": {"floor_days": 2}}]'
+            )
             return Result(self.code, "", self.err if self.code else "")
 
     argv = ["create", "r1", "--topology=v4-16", *PLACE, *TRAINER]
@@ -190,4 +193,4 @@ def test_compile_check_comes_before_anything_is_made(cloud, monkeypatch):
     said = cloud.capsys.readouterr()
     assert "does not fit its chips: error: it needs 40 GiB" in said.err and "nothing costs money" in said.out
     monkeypatch.setattr(Compiler, "code", 0)
-    assert tpu_vm.main(argv, Compiler()) == 0 and "compile check: fits; 8 chips" in cloud.capsys.readouterr().out
+    assert tpu_vm.main(argv, Compiler()) == 0 and "fits; 8 chips; at least 2.0 days" in cloud.capsys.readouterr().out

@@ -60,6 +60,7 @@ def roofline(facts: dict[str, Any], walked: schedule.Schedule, topology: Topolog
     samples = facts["global_batch"] / facts["chips"]
     model = sum(facts["flops_per_sample"].values()) * samples
     synchronous, asynchronous = (walked.collectives.seconds(kind) for kind in (False, True))
+    floor = walked.floor_seconds + _exposed(walked.floor_seconds, synchronous, asynchronous)
     return {
         "model_flops": model,
         "ideal_seconds": model / chip.bf16_flops,
@@ -73,7 +74,8 @@ def roofline(facts: dict[str, Any], walked: schedule.Schedule, topology: Topolog
         "dcn_seconds": walked.collectives.seconds(network="DCN"),
         "synchronous_seconds": synchronous,
         "asynchronous_seconds": asynchronous,
-        "floor_seconds": walked.floor_seconds + _exposed(walked.floor_seconds, synchronous, asynchronous),
+        "floor_seconds": floor,
+        "floor_days": facts["steps"] * floor / 86400,
     }
 
 
