@@ -31,7 +31,8 @@ class ModelConfig:
         into the decoder 0.3 times as large, so that equal positions attend to each other from the first step (in the
         spirit of Trockman and Kolter 2023, "Mimetic initialization of self-attention layers").
       grid_positions: ``"sincos"`` as the reference implementation, or ``"fourier"``, whose frequencies tell cells of
-        a grid apart (`fm4m.positions.fourier`). Together with ``"aligned"``, a model of width 128 begins to use the
+        a grid apart and put the same place of a picture into the same position whatever the grid
+        (`fm4m.positions.fourier`, `shared_unit`). Together with ``"aligned"``, a model of width 128 begins to use the
         image within its first hundred steps.
       num_register_tokens: learned tokens put before the encoder's input.
       share_modality_embeddings: one modality embedding for both sides.

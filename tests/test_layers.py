@@ -9,7 +9,8 @@ import pytest
 
 from fm4m.attention import all_valid
 from fm4m.layers import Attention, LayerNorm, Linear, Mlp, apply_module, init_module
-from fm4m.positions import fourier, grid_positions, sincos, sincos_1d
+from fm4m.modalities import Modality, ModalitySet
+from fm4m.positions import fixed_position_table, fourier, grid_positions, sincos, sincos_1d
 from fm4m.sizes import ModelConfig, model_config
 
 KEY = jax.random.key(0)
@@ -117,6 +118,21 @@ def test_fourier_positions_tell_neighbouring_cells_apart():
         fourier(np.arange(33), 64)
     with pytest.raises(ValueError, match="Did you mean 'fourier'"):
         model_config("fm_tiny_6e_6d_swiglu_nobias", grid_positions="furier")
+
+
+def test_fourier_positions_of_two_grids_are_those_of_one_picture():
+    """Every cell of the finer grid is nearest to the cell of the coarser one that holds it."""
+    grids = {"small": (8, 8), "large": (16, 24)}
+    modalities = ModalitySet(tuple(Modality(name, "tokens", 9, grid) for name, grid in grids.items()))
+    table = fixed_position_table(modalities, 128, "fourier")
+    small, large = table[:64], table[64:]
+    np.testing.assert_array_equal(small, grid_positions((8, 8), 128, "fourier").astype(np.float32))
+    row, column = np.divmod(np.arange(16 * 24), 24)
+    np.testing.assert_array_equal((large @ small.T).argmax(1), row // 2 * 8 + column // 3)
+    assert (np.sort(large @ small.T)[:, -1] > 0.5 * (small @ small.T).max()).all()
+    # As the reference implementation, sine-cosine positions count cells, whatever other grids there are.
+    other = fixed_position_table(modalities, 128)
+    np.testing.assert_array_equal(other[64:], grid_positions((16, 24), 128).astype(np.float32))
 
 
 def same_row_or_column(grid):

@@ -17,7 +17,7 @@ import numpy as np
 
 from fm4m.modalities import ModalitySet, unknown_name
 from fm4m.model import ModelConfig, init_params
-from fm4m.positions import grid_positions, sincos_1d
+from fm4m.positions import grid_positions, shared_unit, sincos_1d
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,8 @@ class Layout:
             return np.zeros(shape, np.float32)
         m = self.modalities[key.split(".", 1)[1].removesuffix(".pos_emb")]
         c = self.config
-        table = grid_positions(m.grid, c.dim, c.grid_positions) if m.grid else sincos_1d(shape[1], c.dim)
+        unit = shared_unit(self.modalities, c.grid_positions)
+        table = grid_positions(m.grid, c.dim, c.grid_positions, unit) if m.grid else sincos_1d(shape[1], c.dim)
         return table[None].astype(np.float32)
 
     def get(self, params: Any, key: str) -> np.ndarray:
