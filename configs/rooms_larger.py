@@ -1,11 +1,12 @@
-r"""A super-resolution model of rooms: the codes of a picture at 128 pixels from those at 64.
+r"""A super-resolution model of rooms: the codes of a picture at 128 pixels from its pixels at 64.
 
 Prepare:  rooms at 128 pixels, their tokenizer (both: configs/tokenizers/rooms128.py), then
           python -m data_pipelines.prepare --config=configs/prepare/rooms_larger.py --out=data/rooms_larger
 Command:  python -m fm4m.train --config=configs/rooms_larger.py --workdir=runs/rooms_larger
 Then:     python -m fm4m.generate --model=runs/rooms_long --inputs caption="a kitchen with a table" --targets=rgb \
               --out=small
-          python -m fm4m.generate --model=runs/rooms_larger --codes=small/codes.npz --targets=tok_rgb@128 --out=large
+          python -m fm4m.generate --model=runs/rooms_larger --codes=small/codes.npz \
+              --inputs rgb=small/tok_rgb@64-0.png --targets=tok_rgb@128 --out=large
 Cost:     to be measured.
 Expect:   to be measured.
 """
@@ -31,9 +32,8 @@ def get_config():
     c.checkpoint.every = 400
     c.eval.every = 800
     c.log.every = 50
-    c.log.picture_inputs = ("tok_rgb@64",)
+    c.log.picture_inputs = ("rgb@64",)
     c.log.picture_tokenizers = (
-        "tok_rgb@64=image:data_pipelines/rooms/tokenizers/rgb.safetensors",
         "tok_rgb@128=image:data/rooms128/rgb.safetensors",
         "caption=text:data_pipelines/rooms/tokenizers/text.json",
     )

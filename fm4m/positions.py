@@ -71,9 +71,8 @@ def grid_positions(
 def shared_unit(modalities: ModalitySet, kind: str) -> tuple[int, int] | None:
     """The ``unit`` of a modality set's grids: none for "sincos", as in the reference implementation.
 
-    For "fourier" the smallest grid, so that the same place in a picture has about the same position in all of them: a
-    super-resolution model of width 128 with positions of each grid's own had learnt nothing but the codes' frequencies
-    in 400 steps.
+    For "fourier" the smallest grid, so that the same place in a picture has about the same position in all of them, and
+    cells of different grids can find each other.
     """
     grids = [block.grid for block in modalities.position_blocks if block.kind == "2d"]
     if kind == "sincos" or not grids:

@@ -12,7 +12,7 @@ from data_pipelines.mixtures import rooms_larger
 def test_it_predicts_the_larger_grid_from_the_smaller_one_and_from_a_part_of_itself():
     mixture = registry.get_mixture("rooms_larger")
     modalities = mixture.modalities
-    small, large = modalities.index("tok_rgb@64"), modalities.index("tok_rgb@128")
+    small, large = modalities.index("rgb@64"), modalities.index("tok_rgb@128")
     assert modalities.outputs == ("tok_rgb@128",) and set(modalities.inputs) == set(rooms_larger.INPUTS)
     packed = run(make_raw(modalities, 64, seed=0, missing=0.0), mixture.masking, modalities)
     asked, shown = packed.decoder, packed.encoder

@@ -13,6 +13,7 @@ from data_pipelines.prepare.errors import Unusable
 from data_pipelines.prepare.samples import Labels, Record, in_validation, new_records, stored_record
 from data_pipelines.prepare.sources import Item
 from fm4m.config_file import ConfigError
+from fm4m.tokenizers import io
 from fm4m.tokenizers.text import TextTokenizer
 from fm4m.transforms import boxes, color_palette, human_poses, images, metadata
 from fm4m.transforms.crops import Crop
@@ -67,8 +68,6 @@ def test_maps_are_cropped_and_mirrored_like_the_picture():
 
 @pytest.mark.parametrize(("name", "mirrored"), [("normal", True), ("depth", False), ("semseg", True)])
 def test_codes_are_those_of_the_tokenizer(name, mirrored):
-    from fm4m.tokenizers import io
-
     tokenizer = io.load(TOKENIZERS / f"{name}.safetensors")
     rng = np.random.default_rng(2)
     maps = {
@@ -85,6 +84,17 @@ def test_codes_are_those_of_the_tokenizer(name, mirrored):
     [made] = step.run([one])
     np.testing.assert_array_equal(made.array, tokenizer.encode(expected[None])[0])
     assert step.modality.grid == (8, 8) and step.modality.vocab_size == tokenizer.vocab_size
+
+
+def test_pixels_may_be_those_that_a_tokenizer_gives_back():
+    path = str(TOKENIZERS / "rgb.safetensors")
+    step = make(make="pixels", size=64, patch_size=8, tokenizer=path)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    tokenizer = io.load(path)
+    [made] = step.run([record(Crop(0, 0, 64, 64, False), rgb=picture)])
+    np.testing.assert_array_equal(made.array, tokenizer.decode(tokenizer.encode(picture[None]))[0])
+    with pytest.raises(ConfigError, match=r"is for rgb of \(64, 64\) pixels, expected rgb of \(32, 32\)"):
+        make(make="pixels", size=32, patch_size=8, tokenizer=path)
 
 
 def test_a_record_that_fails_takes_no_other_with_it():

@@ -196,7 +196,7 @@ def enlarging(monkeypatch, tmp_path):
     io.save(tmp_path / "rgb128.safetensors", Tokenizer(
         dataclasses.replace(small.config, image_size=(128, 128)), small.params, small.codebook, small.stats
     ))  # fmt: skip
-    entries = (ENTRIES[0], f"{larger.LARGE}=image:{tmp_path}/rgb128.safetensors")
+    entries = (f"{larger.LARGE}=image:{tmp_path}/rgb128.safetensors",)
     modalities = ModalitySet(
         (modalities_lib.get(larger.SMALL), Modality(larger.LARGE, "tokens", 1024, (16, 16))), outputs=(larger.LARGE,)
     )
@@ -218,7 +218,7 @@ def test_a_super_resolution_model_is_measured(enlarging, capsys, tmp_path):
     assert psnr["model"] < psnr["enlarged"] and 15 < psnr["enlarged"] < 30 and psnr["tokenizer"] > 15
     assert np.asarray(Image.open(tmp_path / "larger.png")).std() > 10
     assert "PSNR in dB" in capsys.readouterr().out
-    bad = ((["--set", "stepz=2"], "no setting 'stepz'"), (["--tokenizer", ENTRIES[0]], "needs a model"))
+    bad = ((["--set", "stepz=2"], "no setting 'stepz'"), (["--data=nowhere"], "no such rooms pack"))
     for flags, message in bad:
         assert larger.main([*enlarging, *flags]) == 2
         assert message in capsys.readouterr().err

@@ -83,7 +83,7 @@ def _pair(size: Any, name: str) -> tuple[int, int]:
 
 
 class Pixels(Step):
-    """The crop of the picture itself."""
+    """The crop of the picture itself, or what a tokenizer makes of it."""
 
     def __init__(self, name: str, options: Mapping[str, Any]):
         self._size, patch, self._input = _pair(options["size"], name), options["patch_size"], options["input"]
@@ -91,11 +91,26 @@ class Pixels(Step):
             raise ConfigError(f"modalities.{name}: size {self._size} is not divisible by patch_size {patch}")
         grid = self._size[0] // patch, self._size[1] // patch
         self.modality = Modality(name, "pixels", grid=grid, patch_size=patch, channels=3)
+        self._tokenizer = None
+        if options["tokenizer"]:
+            from fm4m.tokenizers import io
+
+            self._tokenizer = io.load(options["tokenizer"])
+            config = self._tokenizer.config
+            if config.domain != "rgb" or config.image_size != self._size:
+                raise ConfigError(
+                    f"modalities.{name}: {options['tokenizer']} is for {config.domain} of {config.image_size} pixels, "
+                    f"expected rgb of {self._size}"
+                )
 
     def arrays(self, records: Sequence[Record]) -> list[np.ndarray]:
         if self._input == "rgb":
-            return [record.cut(self._size) for record in records]
-        return [record.cut_map(self._input, self._size, nearest=False) for record in records]
+            cuts = [record.cut(self._size) for record in records]
+        else:
+            cuts = [record.cut_map(self._input, self._size, nearest=False) for record in records]
+        if self._tokenizer is None:
+            return cuts
+        return list(np.asarray(self._tokenizer.decode(self._tokenizer.encode(np.stack(cuts)))))
 
 
 class Codes(Step):

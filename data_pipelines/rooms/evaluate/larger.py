@@ -2,8 +2,9 @@
 
     python -m data_pipelines.rooms.evaluate.larger --model=runs/rooms_larger --out=scores_larger
 
-Of every picture the model is given the codes at 64 pixels. What it makes of them stands beside enlarging what they
-decode to, and beside the truth through the tokenizer of the larger pictures, the best that any model could do.
+Of every picture the model is given the pixels at 64 pixels, through their tokenizer, as another model generates them.
+What it makes of them stands beside enlarging them, and beside the truth through the tokenizer of the larger pictures,
+the best that any model could do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 from data_pipelines.rooms.evaluate import table
 
-SMALL, LARGE = "tok_rgb@64", "tok_rgb@128"
+SMALL, LARGE = "rgb@64", "tok_rgb@128"
 ROOMS_IN_SHEET = 4
 
 
@@ -38,6 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="a run's folder, one of its steps, or weights (see fm4m.load)")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for results.json and larger.png")
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("data/rooms128"),
                         help="folder with rooms_val.zip and rooms_train.zip of the larger pictures "
@@ -63,31 +65,31 @@ def run(options: argparse.Namespace) -> None:
     from data_pipelines.rooms.evaluate import run as run_lib
     from fm4m.generate import presets
     from fm4m.generate.generator import Target
-    from fm4m.generate.session import Session
+    from fm4m.generate.session import Session, known_modalities
     from fm4m.pictures import draw_sheet
-    from fm4m.tokenizers import reconstruction
+    from fm4m.tokenizers import io, reconstruction
 
     asked = dict(text.partition("=")[::2] for text in options.set)
-    session = Session(fm4m.load(options.model), options.tokenizer)
-    for name, side in ((SMALL, session.modalities.inputs), (LARGE, session.modalities.outputs)):
-        if name not in side or name not in session.showers:
-            raise ValueError(f"this evaluation needs a model with {name} among its inputs (64) or outputs (128), and "
-                             f"its tokenizer; this one has {', '.join(side)}")  # fmt: skip
+    session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
+    inputs, outputs = session.modalities.inputs, session.modalities.outputs
+    if SMALL not in inputs or LARGE not in outputs or LARGE not in session.showers:
+        raise ValueError(f"this evaluation needs a model that makes {LARGE}, whose tokenizer is known, from {SMALL}; "
+                         f"{known_modalities(session.modalities)}")  # fmt: skip
     plan = presets.changed(Target(LARGE, **settings.CALM_LARGER), asked)
     rooms = truth.load_rooms(options.data / "rooms_val.zip", options.samples)
     train = truth.load_rooms(options.data / "rooms_train.zip", options.train_samples)
     extract = from_caption.lite0()
-    small, large = session.showers[SMALL].tokenizer, session.showers[LARGE].tokenizer
+    small, large = io.load(settings.SMALL_RGB), session.showers[LARGE].tokenizer
     print(f"{LARGE} {settings.in_words(plan)}; {len(rooms)} samples of {len(set(rooms.scenes))} rooms", flush=True)
-    codes = small.encode(resize(rooms.rgb, small.config.image_size, "bicubic"))
+    given = small.decode(small.encode(resize(rooms.rgb, small.config.image_size, "bicubic")))
     work = run_lib.steps(session, len(rooms), options.batch, [plan])
     runner = run_lib.Runner(session, options.batch, options.seed, work)
-    made = runner(f"{SMALL} to {LARGE}", {SMALL: codes}, [plan])
+    made = runner(f"{SMALL} to {LARGE}", {SMALL: given}, [plan])
     runner.bar.close()
     pictures = {
         "model": made.arrays(LARGE),
         "tokenizer": large.decode(large.encode(rooms.rgb)),
-        "enlarged": resize(small.decode(codes), rooms.rgb.shape[1:3], "bicubic"),
+        "enlarged": resize(given, rooms.rgb.shape[1:3], "bicubic"),
     }
     decibels = {column: reconstruction.psnr_of_each(rooms.rgb, x) for column, x in pictures.items()}
     psnr = {column: table.number(table.mean(values), rooms.scenes) for column, values in decibels.items()}

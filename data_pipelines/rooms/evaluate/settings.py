@@ -7,6 +7,7 @@ on the held-out rooms that are reported.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,8 @@ _LIKELIEST = {"temperature": 0.0, "guidance": 1.0}
 # From a caption the presets' temperatures, made for larger models, give noise. Frechet distance (see from_caption.py;
 # 32 axes, 64 rooms, 1,200 steps): RGB alone at temperature 1 57, at 0.5 38; with classes, depth and normals first 18.
 _CALM = {"temperature": 0.5, "temperature_schedule": "constant", "top_p": 0.9, "guidance": 2.0}
-# Of a super-resolution model (larger.py).
+# Of a super-resolution model (larger.py), and through what the pictures go that it gets.
+SMALL_RGB = pathlib.Path(__file__).parents[1] / "tokenizers" / "rgb.safetensors"
 CALM_LARGER = {"steps": 8, "temperature": 0.0}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "rgb": dict.fromkeys(TARGETS["rgb"], _LIKELIEST),
