@@ -208,11 +208,21 @@ def soak(trainer: Trainer, minutes: float, life: float, kinds: dict[str, int], r
         # The first compilation is not what is tested.
         deadline = deadline or time.monotonic() + 60 * minutes
         attempts.append(entry | torment(trainer, rng, life, kinds, deadline))
-        shown = {k: v for k, v in attempts[-1].items() if k not in ("samples", "seconds", "error")}
-        print(f"{len(attempts):4d} {shown}", flush=True)
+        print(f"{len(attempts):4d}  {in_words(attempts[-1])}", flush=True)
         if "error" in attempts[-1] or attempts[-1]["code"] == exit_codes.DONE:
             break
     return attempts
+
+
+def in_words(attempt: dict[str, Any]) -> str:
+    """What is to be known of an attempt, on a line."""
+    aside = f" ({attempt['refused']} damaged checkpoints set aside)" if attempt["refused"] else ""
+    stood = f", frozen for {attempt['frozen']:.0f} s before" if attempt["frozen"] else ""
+    damaged = f" ({attempt['damage']})" if attempt.get("damage") else ""
+    return (
+        f"from step {attempt['first']} after {attempt['restart_seconds']:.0f} s{aside}; at step {attempt['made']} "
+        f"{attempt['kind']}{stood}{damaged}, exit code {attempt['code']}"
+    )
 
 
 def newest(run: pathlib.Path) -> int:
