@@ -1,1 +1,1 @@
-"""What the README's speed tables are made from: `benchmarks.step` (the core alone) and `benchmarks.input_pipeline`."""
+"""What the README's times and its table of faults are made from, a module a measurement."""

@@ -1,4 +1,4 @@
-r"""The longer recipe on the built-in rooms: five times the pictures, a larger model; under an hour on two CPU cores.
+r"""The longer recipe on the built-in rooms: five times the pictures, a larger model; about an hour on two CPU cores.
 
 Prepare:  4,000 more rooms (the furniture catalogues are in Debian's package sweethome3d-furniture), then tokens of all:
           python -m data_pipelines.rooms.generate --out=data/packs --count=4000 --seed=1 --processes=2
@@ -6,7 +6,8 @@ Prepare:  4,000 more rooms (the furniture catalogues are in Debian's package swe
               --pack=data_pipelines/rooms/pack/rooms_train.zip --pack=data/packs/rooms_train-00000-of-00002.zip \
               --pack=data/packs/rooms_train-00001-of-00002.zip --pack=data_pipelines/rooms/pack/rooms_val.zip
 Command:  FM4M_ROOMS=data/rooms_long python -m fm4m.train --config=configs/rooms_long.py --workdir=runs/rooms_long
-Cost:     rooms 4 minutes, tokens 4 minutes, training 55 minutes on two busy CPU cores.
+Cost:     rooms 4 minutes, tokens 4 minutes, training 55 to 77 minutes on two CPU cores that had
+          other work, too.
 Expect:   validation loss of depth 3.38, normals 2.72, semantic classes 2.40, where their token frequencies alone reach
           4.69, 4.41 and 4.05; captions 1.74, boxes 3.44.
 """

@@ -152,7 +152,7 @@ def require_wandb(project: str) -> None:
 
     if project and importlib.util.find_spec("wandb") is None:
         raise config_lib.ConfigError(
-            f"log.wandb = {project!r}: the package wandb is not installed; pip install 'fm4m[wandb]', or set log.wandb "
+            f"log.wandb = {project!r}: the package wandb is not installed; pip install '.[wandb]', or set log.wandb "
             "to ''"
         )
 

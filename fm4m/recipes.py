@@ -133,7 +133,8 @@ def rooms_pretraining() -> ml_collections.ConfigDict:
     c.data.modules = ("data_pipelines.mixtures.rooms",)
     c.model.name = "fm_tiny_6e_6d_swiglu_nobias"
     # With sine-cosine positions, and queries and keys equal but of the usual size, the demo still predicts the average
-    # room after its 550 steps (validation loss of depth 4.23 instead of 3.94, semantic classes 3.67 instead of 3.08).
+    # room after its 550 steps (with earlier tokenizers, validation loss of depth 4.23 instead of 3.94, of semantic
+    # classes 3.67 instead of 3.08).
     c.model.attention_init = "aligned"
     c.model.grid_positions = "fourier"
     # CPUs have no fast bfloat16 products.

@@ -60,7 +60,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(arguments, message, capsys):
 def test_a_missing_libtpu_is_refused_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["--config=configs/4m_ti.py", "--topology=v4-8"]) == 2
-    assert capsys.readouterr().err.strip().endswith("pip install 'fm4m[aot]'")
+    assert capsys.readouterr().err.strip().endswith("pip install '.[aot]'")
 
 
 @needs_libtpu

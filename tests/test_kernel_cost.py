@@ -35,7 +35,7 @@ LB: loop body
 """
 
 libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler: pip install 'fm4m[aot]'"
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler: pip install '.[aot]'"
 )
 
 

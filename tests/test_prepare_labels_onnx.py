@@ -10,7 +10,7 @@ import pytest
 from data_pipelines.prepare import labels
 from data_pipelines.prepare.labels import onnx_outputs, pixels
 
-pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'fm4m[onnx]'")
+pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install '.[labels]'")
 
 # ---- Protocol buffers of onnx.proto: (number of a field, its value) with int, float, bytes, text, or lists of them.
 

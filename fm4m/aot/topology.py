@@ -32,7 +32,7 @@ LIBTPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v4-8",
 }
 
-_LIBTPU_MISSING = "compiling for a TPU needs libtpu, the TPU compiler: pip install 'fm4m[aot]'"
+_LIBTPU_MISSING = "compiling for a TPU needs libtpu, the TPU compiler: pip install '.[aot]'"
 
 
 @dataclasses.dataclass(frozen=True)

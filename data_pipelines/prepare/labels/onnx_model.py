@@ -1,4 +1,4 @@
-"""Any ONNX file as a labeller, run by ONNX Runtime (`pip install fm4m[onnx]`).
+"""Any ONNX file as a labeller, run by ONNX Runtime (`pip install '.[labels]'`).
 
     make("onnx", model="dpt.onnx", output={"kind": "depth", "range": "picture", "invert": True}, size=384,
          mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -84,7 +84,7 @@ class OnnxModel:
         try:
             import onnxruntime
         except ImportError as error:
-            raise ImportError("ONNX models are run by ONNX Runtime: pip install 'fm4m[onnx]'") from error
+            raise ImportError("ONNX models are run by ONNX Runtime: pip install '.[labels]' in the checkout") from error
         for what, value, known in (
             ("resize", resize, ("stretch", "letterbox")),
             ("resample", resample, pixels.FILTERS),
