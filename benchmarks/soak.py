@@ -183,7 +183,7 @@ def torment(trainer: Trainer, rng: random.Random, life: float, kinds: dict[str, 
     if running and kind == "disk full":
         ballast = fill(trainer.run.parent)
         trainer.wait(trainer.age + 120)
-    if trainer.process.poll() is not None and kind != "disk full":
+    if trainer.process.poll() is not None and ballast is None:
         kind = "finished"  # or failed: the exit code tells
     code = trainer.end(signal.SIGTERM if kind == "told to stop" else signal.SIGKILL)
     if ballast is not None:

@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from fm4m.files import of_object_store
 from fm4m.stored_step import PAUSES, CheckpointError, brief, of_tensorstore, steps_in
 
 log = logging.getLogger("fm4m")
@@ -124,7 +125,7 @@ class Writer:
 
     def _again_or_raise(self, step: int, error: Exception, pause: float | None) -> None:
         """Waits for another attempt, or raises if there is none to make."""
-        if not isinstance(error, OSError) and not of_tensorstore(error):
+        if not isinstance(error, OSError) and not of_tensorstore(error) and not of_object_store(error):
             raise error
         several = jax.process_count() > 1
         if not several:

@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 
 from fm4m import config_file
 from fm4m.config_file import ConfigError as ConfigError
-from fm4m.config_file import Section, leaf, leaves, requirements
+from fm4m.config_file import Section, leaf, requirements
 
 # One "epoch" of the reference implementation, by which it rounds the length of a run (its token totals become steps).
 REFERENCE_EPOCH_SAMPLES = 10_000_000
@@ -21,8 +21,6 @@ REFERENCE_EPOCH_SAMPLES = 10_000_000
 SCHEDULES = ("cosine", "constant", "rsqrt")
 
 _SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-# Whole numbers, counts of steps among them, are 32 bits wide on devices.
-_LARGEST = 2**31 - 1
 _USAGE = "usage: python -m fm4m.train --config=configs/NAME.py [--config.SECTION.KEY=VALUE ...] --workdir=DIR"
 _DURATION = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)\s+(steps?|samples?|tokens?)\s*")
 
@@ -174,7 +172,7 @@ def default() -> Section:
     c.eval.baseline_batches = 20
 
     c.log = Section()
-    # Steps between lines of metrics, and between sample pictures (0: none).
+    # Steps between lines of metrics, and between sample pictures (0: only at the end).
     c.log.every = 50
     c.log.pictures_every = 0
     # What the pictures show: modalities given to the model, number of validation samples, and how codes are drawn, as
@@ -237,8 +235,8 @@ def duration_steps(text: str, key: str, *, global_batch: int, tokens_per_sample:
             steps = math.ceil(samples / epoch_samples) * (epoch_samples // global_batch)
         else:
             steps = math.ceil(samples / global_batch)
-    if steps > _LARGEST:
-        raise ConfigError(f"{key} = {text!r} makes {steps:.3g} steps, {_LARGEST} is the most")
+    if steps > config_file.LARGEST:
+        raise ConfigError(f"{key} = {text!r} makes {steps:.3g} steps, {config_file.LARGEST} is the most")
     return steps
 
 
@@ -256,10 +254,7 @@ def validate(c: Section) -> None:
     """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
 
     need = requirements(c)
-    for key in leaves(c):
-        value = leaf(c, key)
-        need(not isinstance(value, float) or math.isfinite(value), key, "must be a finite number")
-        need(not isinstance(value, int) or abs(value) <= _LARGEST, key, f"must be {_LARGEST} at most")
+    config_file.check_numbers(c)
     need(c.seed >= 0, "seed", "must be 0 or more")
     need(bool(c.data.mixture), "data.mixture", "name the mixture to train on")
     for key in ("num_inputs", "num_targets"):
@@ -302,10 +297,11 @@ def validate(c: Section) -> None:
         "can be -1 only where the other two axes are given",
     )
     for key in ("checkpoint.every", "checkpoint.keep_period", "eval.every", "eval.samples", "eval.batch",
-                "eval.baseline_batches", "log.pictures_every", "log.picture_samples"):  # fmt: skip
+                "eval.baseline_batches", "log.pictures_every"):  # fmt: skip
         need(leaf(c, key) >= 0, key, "must be 0 or more")
     need(c.checkpoint.keep > 0, "checkpoint.keep", "must be at least 1, or a run could not resume")
     need(c.log.every > 0, "log.every", "must be at least 1")
+    need(c.log.picture_samples > 0, "log.picture_samples", "must be at least 1; none: log.picture_tokenizers = ()")
     need(c.fault.timeout == 0 or c.fault.timeout >= 1, "fault.timeout", "must be 0 (never) or at least 1 second")
     need(c.fault.slow_timeout >= c.fault.timeout, "fault.slow_timeout",
          f"must be at least fault.timeout = {c.fault.timeout:g}")  # fmt: skip

@@ -8,6 +8,7 @@ command line as well as in the file.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import runpy
@@ -60,7 +61,8 @@ def load(path: str, default: Default) -> Section:
         config = module["get_config"](*argument)
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
-        what = "it has no function get_config()" if "get_config" not in str(error) and not lines else _plain(error)
+        missing = isinstance(error, KeyError) and error.args == ("get_config",) and not lines
+        what = "it has no function get_config()" if missing else _plain(error)
         raise ConfigError(f"{name}{f', line {lines[-1]}' if lines else ''}: {what}") from error
     if not isinstance(config, Section) or set(config) != set(default()):
         raise ConfigError(f"{name}: get_config() must return the configuration that {default.__module__}.default() "
@@ -122,6 +124,19 @@ def requirements(c: Section) -> Callable[[bool, str, str], None]:
             raise ConfigError(f"{key} = {given if len(given) <= 200 else given[:200] + '...'}: {what}")
 
     return need
+
+
+# Whole numbers, counts of steps among them, are 32 bits wide on devices.
+LARGEST = 2**31 - 1
+
+
+def check_numbers(c: Section) -> None:
+    """Raises ConfigError for a number that is not finite, or a whole one that is larger than `LARGEST`."""
+    need = requirements(c)
+    for key in leaves(c):
+        value = leaf(c, key)
+        need(not isinstance(value, float) or math.isfinite(value), key, "must be a finite number")
+        need(not isinstance(value, int) or abs(value) <= LARGEST, key, f"must be {LARGEST} at most")
 
 
 def leaves(config: Section, prefix: str = "") -> list[str]:

@@ -54,6 +54,33 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+class StorageError(OSError):
+    """A file of a run that cannot be written; the message is a sentence that names it."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Makes a StorageError of what fails while ``path`` is written."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{os.fspath(path)} cannot be written: {error.strerror or error}. Make room or mend the storage; the same "
+            "command then continues"
+        ) from error
+
+
+# Clients of object stores, whose errors are not OSErrors: epath reads gs:// by TensorFlow where that is installed.
+_CLIENTS = ("tensorflow", "gcsfs", "aiohttp", "requests", "google")
+_OF_THE_DATA = ("DataLossError", "OutOfRangeError", "NotFoundError")
+
+
+def of_object_store(error: BaseException) -> bool:
+    """Whether an error is an object store's client's, and says that the store did not answer or refused."""
+    kind = type(error)
+    return kind.__module__.partition(".")[0] in _CLIENTS and kind.__name__ not in _OF_THE_DATA
+
+
 def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
     """Writes a file so that a reader, or a process killed meanwhile, leaves the old contents or the new, never a part.
 

@@ -184,7 +184,11 @@ class Record:
         entry = self.attempts[-1]
         entry |= {"seconds": self._clock.read(), "ended": ended} | ({} if step is None else {"step": step})
         if self._active:
-            files.write_whole(self._path, json.dumps({"format": FORMAT, "attempts": self.attempts}, indent=1) + "\n")
+            text = json.dumps({"format": FORMAT, "attempts": self.attempts}, indent=1) + "\n"
+            try:
+                files.write_whole(self._path, text)
+            except Exception as error:  # of any kind of storage; a run does not end for its bookkeeping
+                log.warning("%s cannot be written: %s; going on without", self._path, error)
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:

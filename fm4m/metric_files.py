@@ -68,8 +68,9 @@ class Rows:
         """Appends one row."""
         line = json.dumps(row) + "\n"
         if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
+            with files.writing(self._path):
+                self._file.write(line)
+                self._file.flush()
             return
         self._lines.append(line)
         self._new = True

@@ -98,8 +98,10 @@ def parse(given: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def _start_on_tpu(given: Mapping[str, str], start_seconds: float, limits: Mapping[str, int]) -> None:
-    address = given.get("JAX_COORDINATOR_ADDRESS", "")
-    with _Deadline(start_seconds, address, None, int(given.get("JAX_NUM_PROCESSES", 0))):
+    address, number = given.get("JAX_COORDINATOR_ADDRESS", ""), given.get("JAX_NUM_PROCESSES", "0")
+    if not number.isdecimal():
+        raise ConfigError(f"JAX_NUM_PROCESSES={number}: must be a whole number")
+    with _Deadline(start_seconds, address, None, int(number)):
         try:
             jax.distributed.initialize(**limits)
         except ValueError as error:

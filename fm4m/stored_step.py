@@ -24,7 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from fm4m.files import is_remote
+from fm4m.files import is_remote, of_object_store
 from fm4m.fingerprint import fingerprints
 from fm4m.optim import path_name
 
@@ -220,6 +220,8 @@ def of_tensorstore(error: BaseException) -> bool:
 
 def about_storage(error: BaseException) -> bool:
     """Whether an error of reading says nothing about the file: no memory, no permission, no answer."""
+    if of_object_store(error):
+        return True
     if isinstance(error, OSError):
         known = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
         return not known and error.errno is not None and error.errno not in OF_THE_FILE

@@ -62,6 +62,7 @@ EXIT_CODES = {
     checkpoint.CheckpointError: exit_codes.CANNOT_START,
     FloatingPointError: exit_codes.FAILED,
     DataError: exit_codes.FAILED,
+    files.StorageError: exit_codes.FAILED,
     watchdog.PeerError: exit_codes.HUNG,
 }
 
@@ -398,7 +399,8 @@ def sample_sheet(config: Any, stream: Stream) -> PictureHook | None:
         inputs = config.log.picture_inputs
         return pictures.SampleSheet(make_model_config(config), stream.modalities, raw, inputs, showers)
     except (KeyError, OSError, ValueError) as error:
-        raise config_lib.ConfigError(f"log.picture_tokenizers or log.picture_inputs: {error.args[0]}") from error
+        what = error.args[0] if isinstance(error, KeyError) else error
+        raise config_lib.ConfigError(f"log.picture_tokenizers or log.picture_inputs: {what}") from error
 
 
 def exit_code(config: Any, workdir: str | os.PathLike, run: Callable[[], Result]) -> int:

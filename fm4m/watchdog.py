@@ -229,7 +229,7 @@ class Watchdog:
                     looked = now
                 self._report = self._read_report()
                 complained = False
-            except OSError as error:
+            except Exception as error:  # whatever storage raises, this thread has to live
                 if not complained:
                     log.warning("%s cannot be written or read (%s); trying again", self._folder, error)
                 complained = True
@@ -366,7 +366,7 @@ def _bounded(function: Callable[[], None]) -> None:
     def guarded() -> None:
         try:
             function()
-        except OSError as error:
+        except Exception as error:  # clients of object stores have errors of their own
             log.warning("%s", error)
 
     thread = threading.Thread(target=guarded, daemon=True)

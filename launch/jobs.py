@@ -114,7 +114,8 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise LaunchError(
             f"{name!r} cannot be the name of a run: small letters, digits and dashes, a letter first, no dash last, "
-            "at most 40 characters"
+            "at most 40 characters",
+            "usage",
         )
     return name
 
@@ -144,6 +145,11 @@ def save(job: Job) -> None:
         path.write_text(json.dumps(dataclasses.asdict(job), indent=1) + "\n")
 
 
+def remembered() -> list[str]:
+    """Names of the jobs that `load` knows, sorted."""
+    return sorted(p.stem for p in folder().glob("*.json"))
+
+
 def load(name: str) -> Job:
     """The job of that name. Raises LaunchError if it is not remembered here, or its file is not what `save` writes."""
     path = folder() / f"{check_name(name)}.json"
@@ -157,7 +163,7 @@ def load(name: str) -> Job:
         values["arguments"] = tuple(map(str, values["arguments"]))
         return Job(**values)
     except FileNotFoundError:
-        known = ", ".join(sorted(p.stem for p in folder().glob("*.json"))) or "none"
+        known = ", ".join(remembered()) or "none"
         raise LaunchError(
             f"no job {name} was created from this account ({folder()}); known: {known}. "
             "Machines of others are shown by: gcloud compute tpus tpu-vm list --zone=ZONE"

@@ -113,7 +113,15 @@ def wait_ready(runner: Runner, job: Job, minutes: float, poll: float) -> list[Se
         return []
     waited, told = 0.0, ""
     while True:
-        seen = look(runner, job)
+        try:
+            seen = look(runner, job)
+        except LaunchError as error:  # the network of this machine, perhaps; nothing is wrong with the others
+            if error.kind not in ("other", "timeout") or waited >= minutes * 60:
+                raise
+            runner.say(f"Google Cloud could not be asked, again in {poll:.0f} s: {error}")
+            runner.sleep(poll)
+            waited += poll
+            continue
         if ready(job, seen):
             return seen
         states = ", ".join(f"{s.kind} {s.name} {s.state}" for s in seen) or "nothing there"

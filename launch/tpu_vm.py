@@ -99,6 +99,15 @@ def create(runner: Runner, job: Job, options: argparse.Namespace) -> int:
             f"{job.name} exists already in {job.zone}; it was not touched, may be somebody else's. Take another name",
             "exists",
         )
+    if not runner.dry_run and job.name in jobs.remembered():
+        old = jobs.load(job.name)
+        # Its file would be replaced, and with it the only memory of machines that cost money.
+        if old.place != job.place and machines.look(runner, old):
+            raise LaunchError(
+                f"{job.name} has machines already, in {old.project}/{old.zone}. Delete them first (python -m "
+                f"launch.tpu_vm delete {job.name}), or take another name",
+                "exists",
+            )
     source.pack(runner, job.name, job.commit)
     if not runner.dry_run:
         jobs.save(job)

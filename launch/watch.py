@@ -84,6 +84,16 @@ def judge(found: Sequence[Status]) -> End | None:
     return End("failed", f"the trainer failed; the same again would fail again; {said}")
 
 
+def lost(runner: Runner, job: Job, poll: float) -> str:
+    """`machines.lost`, asked until Google Cloud answers: the job does not depend on the network of this machine."""
+    while True:
+        try:
+            return machines.lost(job, machines.look(runner, job))
+        except LaunchError as error:
+            runner.say(f"Google Cloud could not be asked, again in {poll:.0f} s: {error}")
+            runner.sleep(poll)
+
+
 def follow(runner: Runner, job: Job, poll: float, tail: Tail | None = None) -> End:
     """Shows the log of worker 0 until the job ends on all machines, or the machines are taken away."""
     if runner.dry_run:
@@ -94,13 +104,7 @@ def follow(runner: Runner, job: Job, poll: float, tail: Tail | None = None) -> E
         return End("done", "dry run: nothing was run")
     tail, silent, partly = tail or Tail(), 0, 0
     while True:
-        try:
-            gone = machines.lost(job, machines.look(runner, job))
-        except LaunchError as error:  # the network of this machine, or Google's; the job does not depend on it
-            runner.say(f"Google Cloud could not be asked, again in {poll:.0f} s: {error}")
-            runner.sleep(poll)
-            continue
-        if gone:
+        if gone := lost(runner, job, poll):
             return End("preempted", f"the machines were taken away: {gone}")
         found = workers.statuses(runner, job)
         tail.show(runner, job)
@@ -108,7 +112,7 @@ def follow(runner: Runner, job: Job, poll: float, tail: Tail | None = None) -> E
             # The notice of a preemption reaches the trainer some seconds before the machine goes.
             if end.again:
                 runner.sleep(poll)
-                gone = machines.lost(job, machines.look(runner, job))
+                gone = lost(runner, job, poll)
                 end = End("preempted", f"{end.why}; the machines were taken away: {gone}") if gone else end
             return end
         unreachable = [s for s in found if s.state == "unreachable"]
@@ -163,7 +167,7 @@ def watch(runner: Runner, job: Job, restarts: int, poll: float, minutes: float) 
                 tail = Tail() if bring else tail
                 job = _bring_back(runner, job, bring, minutes, poll)
             end = follow(runner, job, poll, tail)
-            bring = end.how == "lost" or (end.again and bool(machines.lost(job, machines.look(runner, job))))
+            bring = end.how == "lost" or (end.again and bool(lost(runner, job, poll)))
         except LaunchError as error:
             if error.kind not in PASSING:
                 raise

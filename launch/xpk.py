@@ -160,14 +160,19 @@ def main(argv: list[str] | None = None) -> int:
         written = json.dumps(manifest(job, options.image, options.restarts), indent=2) + "\n"
     except LaunchError as error:
         print(f"error: {str(error).rstrip('.')}.", file=sys.stderr)
-        return exit_codes.CANNOT_START if error.kind == "other" and options.verb == "create" else 3
+        wrong = error.kind == "usage" or (error.kind == "other" and options.verb == "create")
+        return exit_codes.CANNOT_START if wrong else 3
     runner.say(job.describe())
     if options.manifest:
         if runner.dry_run:
             print(written, end="")
         else:
-            with complete_file(options.manifest) as path:
-                path.write_text(written)
+            try:
+                with complete_file(options.manifest) as path:
+                    path.write_text(written)
+            except OSError as error:
+                print(f"error: the manifest cannot be written: {error}", file=sys.stderr)
+                return exit_codes.CANNOT_START
         runner.say(f"submit it: kubectl apply -f {shlex.quote(options.manifest)}; nothing was submitted.")
         runner.say(f"Its node pools cost money with or without the job. Clean up: kubectl delete jobset {job.name}")
         return exit_codes.DONE

@@ -133,7 +133,7 @@ def main():
     with open(os.path.join(FOLDER, "calls.jsonl"), "a") as file:
         file.write(json.dumps(argv) + "\n")
     scenario, state = read("scenario.json"), read("state.json")
-    for key in ("nodes", "requests", "failures", "started", "polls"):
+    for key in ("nodes", "requests", "failures", "started", "polls", "zones"):
         state.setdefault(key, {})
     assert argv[:2] == ["compute", "tpus"], argv
     kind, verb, name = argv[2], argv[3], re.sub(r":.*", "", argv[5] if argv[3] == "scp" else argv[4])
@@ -146,7 +146,10 @@ def main():
             queued(argv, verb, name, state, scenario)
         elif verb == "create":
             make_node(state, scenario, name)
+            state["zones"][name] = flag(argv, "zone")
         elif verb == "describe":
+            if state["zones"].get(name, flag(argv, "zone")) != flag(argv, "zone"):
+                missing(name)
             describe_node(state, scenario, name)
         elif verb == "delete":
             if state["nodes"].pop(name, None) is None:

@@ -86,6 +86,19 @@ def test_mistakes_in_a_file_name_its_line(tmp_path, capsys, line, expected):
     assert f"{path}, line 4: " in text and expected in text
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("def get_config(:\n", "invalid syntax"), ("x = 1\n", "it has no function get_config()"),
+     ("def get_config():\n    return {}['get_config']\n", "line 2: get_config"),
+     ("from fm4m.tokenizers import train_config\nget_config = train_config.default\n",
+      "must return the configuration that fm4m.config.default() gave it")],
+)  # fmt: skip
+def test_files_that_are_no_configuration(tmp_path, capsys, text, expected):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    assert expected in refusal([f"--config={path}", "--workdir=x"], capsys)
+
+
 # (tokens a sample, batch, total, warm-up, steps, warm-up steps): every released run of the reference implementation.
 RELEASED = [
     (256, 8192, "500B", "10B", 239_120, 4_769),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fm4m import exit_codes, files, stored_step, train
 from fm4m.files import complete_file, complete_folder
 
 
@@ -45,3 +46,21 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
         (beside / "a").write_text("half")
         raise RuntimeError
     assert names(tmp_path) == []
+
+
+def test_errors_of_object_stores_are_told_from_those_of_their_data():
+    def error(name, module="tensorflow.python.framework.errors_impl"):
+        return type(name, (Exception,), {"__module__": module})("the store said no")
+
+    assert files.of_object_store(error("UnavailableError")) and files.of_object_store(error("HttpError", "gcsfs.retry"))
+    assert not files.of_object_store(error("DataLossError")) and not files.of_object_store(error("Error", "zipfile"))
+    # A checkpoint is then tried again, and not taken for damaged.
+    assert stored_step.about_storage(error("UnavailableError"))
+    assert not stored_step.about_storage(error("DataLossError"))
+
+
+def test_what_cannot_be_written_is_named_with_the_cure():
+    message = r"m\.jsonl cannot be written: No space left.*same command then"
+    with pytest.raises(files.StorageError, match=message), files.writing("m.jsonl"):
+        raise OSError(28, "No space left on device")
+    assert train.EXIT_CODES[files.StorageError] == exit_codes.FAILED

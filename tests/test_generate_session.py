@@ -98,6 +98,9 @@ def test_masks_and_boxes_open_the_cells_they_touch(opened):
         (lambda s: session.opened(np.zeros((8, 8)), (8, 8)), "mask is empty"),
         (lambda s: session.opened((0.5, 0.5, 0.4, 1.0), (8, 8)), "must be xmin"),
         (lambda s: session.read_mask("1,2"), "neither a mask"),
+        (lambda s: session.read_mask(__file__), "test_generate_session.py is not a picture that can be read"),
+        (lambda s: s.read({"depth": np.zeros(7, np.float32)}), r"'tok_depth@64': expected an array \[height, width"),
+        (lambda s: s.read({"rgb": np.zeros((64, 64, 3))}), r"input 'rgb@64': expected a picture uint8"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(opened, call, message):
@@ -144,7 +147,9 @@ def test_a_second_model_goes_on(loaded, monkeypatch, capsys, tmp_path):
     for name in ("caption", "tok_depth@64"):
         assert (after[name] == np.repeat(before[name], 2, axis=0)).all()
     (tmp_path / "no.npz").write_bytes(b"PK no")
-    for file, message in ((first.with_name("nowhere"), "no file"), (tmp_path / "no.npz", "not a file of codes")):
+    np.save(tmp_path / "no.npy", np.zeros((2, 64), np.int32))
+    for file, message in ((first.with_name("nowhere"), "no file"), (tmp_path / "no.npz", "not a file of codes"),
+                          (tmp_path / "no.npy", "not a file of codes")):  # fmt: skip
         assert command.main(["--model=second", f"--codes={file}"]) == 2
         assert message in capsys.readouterr().err
     assert command.main([*again, "--inputs", f"tok_depth@64={tmp_path}/x.npy"]) == 2
@@ -163,6 +168,9 @@ def test_a_second_model_goes_on(loaded, monkeypatch, capsys, tmp_path):
         (["--inputs", "caption=a bed", "--set", "stepz=2"], "there is no setting 'stepz'"),
         (["--inputs", "caption=a bed", "--set", "steps=two"], "'two' is no int"),
         (["--inputs", "caption=a bed", "--samples=0"], "at least 1"),
+        (["--inputs", "caption=a bed", "--inputs", "caption=a desk"], "--inputs: caption is given twice"),
+        (["--inputs", "caption=a bed", "--targets=depth", "--set", "det.top_p=1"], "det is not generated; targets"),
+        (["--inputs", "caption=a bed", f"--out={__file__}"], "File exists"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(loaded, flags, message, monkeypatch, capsys):

@@ -160,3 +160,13 @@ def test_a_damaged_file_is_reported_and_replaced(tmp_path, caplog, text):
 
 def test_the_age_of_this_process():
     assert 0 < goodput.process_age() < 86400
+
+
+def test_a_run_does_not_end_for_its_bookkeeping(tmp_path, monkeypatch, caplog):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    record = goodput.Record(tmp_path, goodput.Clock(age=0.0), 0)
+    monkeypatch.setattr(goodput.files, "write_whole", full)
+    assert record.row(1).keys() >= {f"goodput/{cause}" for cause in goodput.CAUSES}
+    assert "goodput.json cannot be written" in caplog.text

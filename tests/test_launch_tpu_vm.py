@@ -100,6 +100,15 @@ def test_existing_name_is_not_touched(cloud):
     assert cloud.count("tpu-vm create") == 1 and not cloud.count("tpu-vm delete")
 
 
+def test_machines_of_the_same_name_in_another_zone_are_not_forgotten(cloud):
+    assert cloud.create()[0] == 0
+    before = jobs.load("r1")
+    elsewhere = ("--project=p", "--zone=us-central2-c", "--skip-check")
+    code, text = cloud.run("create", "r1", "--topology=v4-16", *elsewhere, *TRAINER)
+    assert code == 3 and f"r1 has machines already, in p/{before.zone}. Delete them first" in text
+    assert jobs.load("r1") == before and cloud.count("tpu-vm create") == 1
+
+
 def test_name_that_comes_to_exist_in_between(cloud):
     cloud.play(failures=[{"match": "tpu-vm create", "err": "ALREADY_EXISTS: the resource already exists"}])
     code, text = cloud.create()

@@ -64,6 +64,17 @@ def test_trainer_that_was_told_to_stop_goes_on_where_it_was(cloud):
     assert cloud.count("worker.sh start") == 2
 
 
+@pytest.mark.parametrize("skip", range(4, 9))
+def test_healthy_machines_outlive_a_blip_of_the_launchers_network(cloud, skip):
+    """Whenever it comes: while a run is followed, after its end, before it is started again."""
+    blip = {"match": "describe", "skip": skip, "times": 3, "err": "ERROR: (gcloud) Network is unreachable"}
+    cloud.play(runs=[{"codes": [75], "log": "step 1\n"}, {"codes": [0], "log": "step 2\n"}], failures=[blip])
+    cloud.create()
+    code, text = cloud.run("watch", "r1")
+    assert code == 0 and "could not be asked, again in" in text, text
+    assert cloud.count("tpu-vm create") == 1 and not cloud.count("tpu-vm delete")
+
+
 def test_budget_of_restarts(cloud):
     cloud.play(runs=[{"codes": [75, 134]}])
     cloud.create()

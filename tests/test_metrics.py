@@ -143,7 +143,7 @@ def test_weights_and_biases_continues_the_run_of_the_folder(tmp_path, monkeypatc
 
 def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"log.wandb = 'p': the package wandb is not installed; pip install 'fm4m"):
+    with pytest.raises(ConfigError, match=r"log.wandb = 'p': the package wandb is not .*; pip install '\.\[wandb\]'"):
         metrics.MetricWriter(tmp_path, tensorboard=False, wandb="p")
     metric_files.require_wandb("")
 

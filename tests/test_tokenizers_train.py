@@ -296,6 +296,14 @@ def test_command_line(capsys, tmp_path):
     ]:  # fmt: skip
         assert train.main([*known, *wrong]) == 2
         assert message in capsys.readouterr().err
+    for wrong, message in [
+        ("train.init_from=x", "codebook.kmeans = True: must be False: train.init_from has the codes"),
+        ("data.crop_scale=('a','b')", "data.crop_scale"), ("optimizer.blr=inf", "must be a finite number"),
+    ]:  # fmt: skip
+        assert train.main([*known, f"--config.{wrong}"]) == 2
+        assert message in capsys.readouterr().err
+    assert train.main([*known[:-1], "--workdir=gs://bucket/x"]) == 2
+    assert "gs://bucket/x: a tokenizer is trained in a local folder" in capsys.readouterr().err
     assert train.main(["train", f"--config={rooms.__file__}:sound", "--out=x"]) == 2
     assert "no tokenizer for 'sound'" in capsys.readouterr().err
 

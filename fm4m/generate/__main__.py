@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     try:
         run(options)
-    except (ValueError, FileNotFoundError, KeyError) as error:
+    except (ValueError, OSError, KeyError) as error:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     return 0
@@ -39,17 +39,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="a run's folder, or weights that fm4m.load opens")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
-    parser.add_argument("--inputs", nargs="+", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--inputs", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                         help="a picture, a .npy array, or a text; a text that ends with [S_1] may go on")  # fmt: skip
     parser.add_argument("--codes", type=pathlib.Path, metavar="FILE",
                         help="codes.npz of an earlier run, perhaps with another model: what it has and this model "
                         "takes is given")  # fmt: skip
     parser.add_argument("--targets", default="", help="modalities to generate, comma-separated, in this order; "
                         "default: all outputs that are not given")  # fmt: skip
-    parser.add_argument("--edit", nargs="+", default=[], metavar="NAME=MASK",
+    parser.add_argument("--edit", nargs="+", action="extend", default=[], metavar="NAME=MASK",
                         help="generate a part of a given modality anew: a mask picture (white changes) or "
                         "xmin,ymin,xmax,ymax from 0 to 1")  # fmt: skip
-    parser.add_argument("--set", nargs="+", default=[], metavar="[NAME.]KEY=VALUE",
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="[NAME.]KEY=VALUE",
                         help=f"settings of all targets or of one: {', '.join(presets.SETTINGS)}")  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="how many results to draw from the same inputs")
     parser.add_argument("--seed", type=int, default=0)
@@ -72,18 +72,24 @@ def run(options: argparse.Namespace) -> None:
     codes = read_codes(options.codes) if options.codes else {}
     if codes and not set(codes) & set(modalities.inputs):
         raise ValueError(f"--codes has {', '.join(codes)}; this model's {known_modalities(modalities)}")
-    canvas = session.read(dict(_pair(text, "--inputs") for text in options.inputs), options.samples, codes)
+    canvas = session.read(_pairs(options.inputs, "--inputs"), options.samples, codes)
     given = list(canvas.seen)
     edited = []
-    for name, where in (_pair(text, "--edit") for text in options.edit):
+    for name, where in _pairs(options.edit, "--edit").items():
         name = session.name_of(name, [n for n in given if modalities[n].kind == "tokens"])
         canvas = session.open_cells(canvas, name, read_mask(where))
         edited.append(name)
     asked = [session.name_of(n, modalities.outputs) for n in options.targets.split(",") if n]
     names = asked or edited or presets.in_order(n for n in modalities.outputs if n not in given)
     names = [*(n for n in edited if n not in names), *names]
-    settings = [_pair(text, "--set") for text in options.set]
+    settings = list(_pairs(options.set, "--set").items())
+    for key, _ in settings:
+        whose = key.rpartition(".")[0]
+        if whose and session.name_of(whose, modalities.outputs) not in names:
+            raise ValueError(f"--set {key}: {whose} is not generated; targets: {', '.join(names)}")
     targets = [_target(session, name, given, settings) for name in names]
+
+    options.out.mkdir(parents=True, exist_ok=True)  # or a folder that cannot be made would be known at the end only
 
     from tqdm import tqdm
 
@@ -102,11 +108,16 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{name}: {text}")
 
 
-def _pair(text: str, flag: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise ValueError(f"{flag}: {text!r} is not NAME=VALUE")
-    return name, value
+def _pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
+    out = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ValueError(f"{flag}: {text!r} is not NAME=VALUE")
+        if name in out:
+            raise ValueError(f"{flag}: {name} is given twice")
+        out[name] = value
+    return out
 
 
 def _target(session: Session, name: str, given: Sequence[str], settings: Sequence[tuple[str, str]]) -> Target:

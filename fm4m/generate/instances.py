@@ -136,13 +136,12 @@ def _overlap(one: Found, other: Found) -> float:
     return scores.overlap(Box(*one.box, "one"), Box(*other.box, "other"))
 
 
-def masks(found: Sequence[Found], tokenizer: Any, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """Masks of instances, drawn into their boxes: bool [n, height, width].
+def masks(found: Sequence[Found], tokenizer: Any) -> np.ndarray:
+    """Masks of instances, drawn into their boxes: bool [n, height, width] of a picture of `sam_instances.SIZE`.
 
     Args:
       found: instances.
       tokenizer: of masks, as `fm4m.tokenizers.io.load` gives it (domain "mask"), with as many codes as an instance has.
-      size: of the picture, (height, width).
 
     Raises:
       ValueError: a tokenizer of another domain or with another number of codes.
@@ -154,7 +153,7 @@ def masks(found: Sequence[Found], tokenizer: Any, size: tuple[int, int] = SIZE) 
             f"tokenizer {config.name!r} has domain {config.domain!r} and {cells} codes, expected 'mask' and "
             f"{sam_instances.NUM_CODES}"
         )
-    out = np.zeros((len(found), *size), bool)
+    out = np.zeros((len(found), *SIZE), bool)
     if not found:
         return out
     decoded = np.asarray(tokenizer.decode(np.array([f.codes for f in found], np.int32))).reshape(
@@ -162,7 +161,7 @@ def masks(found: Sequence[Found], tokenizer: Any, size: tuple[int, int] = SIZE) 
     )
     for mask, shape, each in zip(out, decoded, found, strict=True):
         xmin, ymin, xmax, ymax = (int(v) for v in each.box)
-        rows, columns = np.arange(ymin, min(ymax, size[0])), np.arange(xmin, min(xmax, size[1]))
+        rows, columns = np.arange(ymin, min(ymax, SIZE[0])), np.arange(xmin, min(xmax, SIZE[1]))
         if len(rows) and len(columns):
             y = (rows - ymin) * shape.shape[0] // (ymax - ymin)
             x = (columns - xmin) * shape.shape[1] // (xmax - xmin)

@@ -75,7 +75,11 @@ class Session:
             m = self.modalities[self.name_of(given, known)]
             if m.name in arrays or m.name in codes:
                 raise ValueError(f"input {m.name!r} is given twice")
-            arrays[m.name] = self._array(m, value)
+            try:
+                arrays[m.name] = self._array(m, value)
+            except ValueError as error:
+                named = repr(m.name) in str(error)
+                raise ValueError(f"{error}" if named else f"input {m.name!r}: {error}") from None
         size = copies * len(next(iter(codes.values()), [None]))
         repeated = {n: [a] * size if isinstance(a, list) else np.stack([a] * size) for n, a in arrays.items()}
         for name, rows in codes.items():
@@ -208,7 +212,7 @@ def read_codes(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             codes = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"--codes: {path} is not a file of codes ({error})") from None
     bad = [n for n, rows in codes.items() if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.signedinteger)]
     if bad or len({len(rows) for rows in codes.values()}) != 1:
@@ -230,8 +234,11 @@ def read_mask(where: str) -> np.ndarray | Box:
     path = pathlib.Path(where)
     if not path.is_file():
         raise ValueError(f"{where!r} is neither a mask picture nor xmin,ymin,xmax,ymax")
-    with Image.open(path) as image:
-        return np.asarray(image.convert("L")) > 127
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L")) > 127
+    except OSError as error:
+        raise ValueError(f"{path} is not a picture that can be read ({error})") from None
 
 
 def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -291,6 +298,8 @@ def _read_array(m: Modality, path: pathlib.Path) -> np.ndarray:
 
 
 def _nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if array.ndim < 2:
+        raise ValueError(f"expected an array [height, width, ...], got {array.dtype} {list(array.shape)}")
     rows, columns = (np.arange(n) * have // n for n, have in zip(size, array.shape[:2], strict=True))
     return array[rows][:, columns]
 

@@ -129,7 +129,7 @@ class PictureFolder:
                 if name not in self._broken:
                     log.warning("%s is left out: %s", self._folder / name, error)
                 self._broken.add(name)
-        raise ValueError(
+        raise preprocess.ArrayError(
             f"{_BROKEN_IN_A_ROW} pictures in a row of {self._folder} cannot be read, up to {name}; are these pictures "
             f"of domain {self._model.domain!r}?"
         )

@@ -42,6 +42,10 @@ _FLOATS = ("depth", "features", "vector")
 STANDARDISED = ("features", "vector")
 
 
+class ArrayError(ValueError):
+    """Arrays that a tokenizer cannot take, or that cannot be read."""
+
+
 def check_array(config: VQConfig, array, grid: tuple[int, int] | None = None) -> np.ndarray:
     """Returns a batch as a numpy array after checking it (host side, before any transfer).
 
@@ -51,12 +55,12 @@ def check_array(config: VQConfig, array, grid: tuple[int, int] | None = None) ->
       grid: rows and columns of codes that it should have; the configured ones if None.
 
     Raises:
-      ValueError: wrong shape, wrong dtype, class id out of range, or a value that is not finite; the message names
+      ArrayError: wrong shape, wrong dtype, class id out of range, or a value that is not finite; the message names
         the tokenizer and says what was expected.
     """
     array, shape = np.asarray(array), config.array_shape_of(grid or config.grid)
     if array.shape[1:] != shape or not array.ndim:
-        raise ValueError(
+        raise ArrayError(
             f"tokenizer {config.name!r} expects arrays [batch, {', '.join(map(str, shape))}], "
             f"got {list(array.shape)}; crop and resize first"
         )
@@ -64,13 +68,13 @@ def check_array(config: VQConfig, array, grid: tuple[int, int] | None = None) ->
         array = array.astype(np.uint8)
     expected = "float" if config.domain in _FLOATS else "uint8"
     if not (array.dtype == np.uint8 if expected == "uint8" else np.issubdtype(array.dtype, np.floating)):
-        raise ValueError(f"tokenizer {config.name!r} expects {expected} arrays, got {array.dtype}")
+        raise ArrayError(f"tokenizer {config.name!r} expects {expected} arrays, got {array.dtype}")
     if config.domain == "semseg" and array.size and array.max() >= config.num_classes:
-        raise ValueError(
+        raise ArrayError(
             f"tokenizer {config.name!r}: class id {array.max()} but only ids below {config.num_classes} exist"
         )
     if expected == "float" and not np.isfinite(array).all():
-        raise ValueError(f"tokenizer {config.name!r}: array holds values that are not finite")
+        raise ArrayError(f"tokenizer {config.name!r}: array holds values that are not finite")
     return array
 
 

@@ -79,6 +79,7 @@ def train(
     Raises:
       ConfigError: a configuration that cannot run, such as a source with fewer arrays than a batch.
       CheckpointError: a checkpoint in ``workdir`` that belongs to another run.
+      ArrayError: arrays that cannot be read.
       FloatingPointError: the loss or the gradient stopped being finite; the message names the step.
     """
     workdir, lead = pathlib.Path(workdir), jax.process_index() == 0
@@ -87,6 +88,12 @@ def train(
     log.info("tokenizer %s: %d arrays to train on, %d held out; %d steps of %d", run.model.name, len(run.source),
              len(held_out), run.steps, config.train.global_batch)  # fmt: skip
 
+    try:
+        one_step = train_step.make_step(
+            config, run.model, run.stats, run.optimizer, run.sizes, run.steps, run.mesh
+        )
+    except ValueError as error:  # a loss that does not fit
+        raise ConfigError(str(error)) from error
     saved = config.checkpoint
     checkpoints = checkpoint.Checkpoints(
         workdir, every=saved.every, keep=saved.keep, asynchronous=saved.asynchronous
@@ -99,9 +106,6 @@ def train(
     writer = metrics.MetricWriter(workdir, active=lead, tensorboard=config.log.tensorboard, step=first)
     writer.text("config", f"```\n{config.to_json_best_effort(indent=2)}\n```")
 
-    one_step = train_step.make_step(
-        config, run.model, run.stats, run.optimizer, run.sizes, run.steps, run.mesh
-    )
     stop = min(run.steps, first + config.train.stop_after) if config.train.stop_after else run.steps
     shown = held_out.read(np.arange(min(config.eval.samples or len(held_out), len(held_out))))
     batches = device_batches(run, first, stop)
@@ -161,7 +165,8 @@ def train(
                 if last or checkpoints.due(step):
                     checkpoints.save(state, _meta(config, step, identity))
                 if judged:
-                    numbers = judge(step)
+                    found = judge(step)
+                    numbers = found if last else numbers
                 if drawn:
                     writer.pictures(step, {run.model.name: picture_sheet(tokenizer_of(run, state), shown)})
                 window.resume()
@@ -170,9 +175,11 @@ def train(
             numbers = judge(first)
     finally:
         progress.close()
-        checkpoints.wait()
-        checkpoints.close()
-        writer.close()
+        try:
+            checkpoints.wait()
+        finally:
+            checkpoints.close()
+            writer.close()
     return Result(max(first, stop), state, tokenizer_of(run, state), numbers)
 
 
@@ -205,6 +212,10 @@ def prepare(config: Any, source: arrays.Source | None = None) -> tuple[Run, Toke
     if not 0 <= config.train.autoencoder_steps < max(steps, 1):
         raise ConfigError(f"train.autoencoder_steps = {config.train.autoencoder_steps} must be below the {steps} steps "
                           "of train.total")  # fmt: skip
+    if steps < 1:
+        raise ConfigError(f"train.total = {config.train.total!r} makes no step")
+    if config.codebook.kmeans and not quantize.has_codebook(model):
+        raise ConfigError(f"codebook.kmeans = True: quantizer {model.quantizer!r} has no codes to place; use False")
     o = config.optimizer
     warmup = train_config.length(o.warmup, "optimizer.warmup", **lengths)
     rate = optim.schedule(o.blr * batch / 256, steps, warmup, o.schedule)
@@ -232,7 +243,9 @@ def restore(
     where = jax.tree.map(lambda x: x.sharding, abstract)
 
     def check(meta: dict) -> None:
-        saved = meta["identity"]
+        saved = meta.get("identity")
+        if saved is None:
+            raise checkpoint.CheckpointError(f"{workdir} holds no training of a tokenizer; give another --workdir")
         for key in [*saved, *(k for k in identity if k not in saved)]:
             if saved.get(key) != identity.get(key):
                 raise checkpoint.CheckpointError(
@@ -367,12 +380,12 @@ def main(argv: list[str] | None = None) -> int:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     try:
         run_to_file(config, workdir, out)
+    except (FloatingPointError, checkpoint.SaveError, preprocess.ArrayError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (ConfigError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     return 0
 
 

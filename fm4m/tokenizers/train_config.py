@@ -15,6 +15,7 @@ from ml_collections.config_dict import placeholder
 from fm4m import config_file
 from fm4m.config import SCHEDULES
 from fm4m.config_file import ConfigError, Section, leaf, requirements
+from fm4m.files import is_remote
 from fm4m.tokenizers import arrays
 from fm4m.tokenizers.config import VQConfig
 
@@ -206,15 +207,21 @@ def validate(c: Section) -> None:
     """Checks values that have the right type but no meaning. Raises ConfigError naming the key and what is allowed."""
 
     need = requirements(c)
+    config_file.check_numbers(c)
     need(c.seed >= 0, "seed", "must be 0 or more")
     for key in ("train", "validation"):
         need(bool(c.data[key]), f"data.{key}", f"name a source, {', '.join(f'{k}:PATH' for k in arrays.KINDS)}")
     scale = c.data.crop_scale
-    need(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "data.crop_scale", "must be two shares of the area")
+    shares = len(scale) == 2 and all(isinstance(share, (int, float)) for share in scale)
+    need(shares and 0 < scale[0] <= scale[1] <= 1, "data.crop_scale", "must be two shares of the area")
     need(c.train.global_batch > 0, "train.global_batch", "must be at least 1")
     need(c.train.dtype in DTYPES, "train.dtype", f"must be one of {', '.join(DTYPES)}")
     need(c.store_dtype in ("float32", "float16"), "store_dtype", "must be float32 or float16")
     need(bool(c.train.init_from) or not c.train.freeze_encoder, "train.freeze_encoder", "needs train.init_from")
+    known = bool(c.train.init_from)
+    need(not (c.codebook.kmeans and known), "codebook.kmeans", "must be False: train.init_from has the codes")
+    need(not (c.train.autoencoder_steps and known), "train.autoencoder_steps",
+         "must be 0: train.init_from has the codes")  # fmt: skip
     need(c.optimizer.blr > 0, "optimizer.blr", "must be more than 0")
     need(c.optimizer.schedule in SCHEDULES, "optimizer.schedule", f"must be one of {', '.join(SCHEDULES)}")
     for key in ("optimizer.b1", "optimizer.b2", "optimizer.ema", "codebook.decay"):
@@ -252,5 +259,8 @@ def from_command_line(argv: Sequence[str]) -> tuple[Section, pathlib.Path, pathl
     out, workdir = given["out"], given["workdir"]
     if not (out or workdir):
         raise ConfigError(f"--out or --workdir must be given; {USAGE}")
+    for path in (out, workdir):
+        if path and is_remote(path):
+            raise ConfigError(f"{path}: a tokenizer is trained in a local folder; copy its file afterwards")
     workdir = pathlib.Path(workdir or pathlib.Path(out).with_suffix(".run"))
     return config, workdir, pathlib.Path(out or workdir / "tokenizer.safetensors")

@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=32, help="samples at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
-    parser.add_argument("--set", nargs="+", default=[], metavar="EXPERIMENT.TARGET.KEY=VALUE",
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="EXPERIMENT.TARGET.KEY=VALUE",
                         help="change how a target is generated, such as caption.rgb.guidance=2; experiments: "
                         f"{', '.join(settings.TARGETS)}")  # fmt: skip
     parser.add_argument("--tokenizer", action="append", metavar="NAME=KIND:FILE",

@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=32, help="samples at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="change how the codes are generated, such as temperature=0.5")  # fmt: skip
     parser.add_argument("--tokenizer", action="append", metavar="NAME=image:FILE",
                         help="tokenizer of a modality; default: the run's own")  # fmt: skip

@@ -22,8 +22,8 @@ class Rooms:
     """N samples of a pack.
 
     Attributes:
-      rgb, depth, normal, semseg: as `RoomsPack` gives them, stacked: uint8 [N, 64, 64, 3], float32 metres [N, 64, 64],
-        uint8 [N, 64, 64, 3], uint8 [N, 64, 64].
+      rgb, depth, normal, semseg: as `RoomsPack` gives them, stacked: uint8 [N, H, W, 3], float32 metres [N, H, W],
+        uint8 [N, H, W, 3], uint8 [N, H, W]; H and W are 64 in the shipped packs.
       boxes, captions, scenes: lists of N; two samples of one scene are two views of a room.
       pack, index: where they come from: the pack, and the N numbers in it.
     """
