@@ -16,7 +16,7 @@ import time
 import jax
 
 from fm4m import config as config_lib
-from fm4m import train
+from fm4m import configured
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     try:
         config = config_lib.from_flags(rest, "usage: python -m benchmarks.input_pipeline --config=configs/NAME.py")
-        stream, _ = train.open_streams(config)
+        stream, _ = configured.streams(config)
     except config_lib.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from fm4m import config as config_lib
-from fm4m import flops, optim, sharding, train
+from fm4m import configured, flops, optim, sharding
 from fm4m import plan as plans
 from fm4m import step as step_lib
 from fm4m.synthetic import RandomStream
@@ -32,7 +32,7 @@ class Variant:
 
     def __init__(self, name: str, config: Any):
         self.name, self.config = name, config
-        modalities, masking, tasks = train.mixture(config)
+        modalities, masking, tasks = configured.mixture(config)
         self.mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(self.mesh, config.train.global_batch, config.train.accumulation)
         platform = jax.devices()[0].platform

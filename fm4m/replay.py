@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from fm4m import checkpoint, examine, exit_codes, files, metric_files, processes, sharding, skipped, train
+from fm4m import checkpoint, configured, examine, exit_codes, files, metric_files, processes, sharding, skipped
 from fm4m import config as config_lib
 from fm4m import plan as plans
 from fm4m import step as step_lib
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
         processes.start(config.fault.start_timeout, config.fault.heartbeat_timeout)
         log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-        stream, _ = train.open_streams(config)
+        stream, _ = configured.streams(config)
         report = replay(config, options.workdir, stream, options.step, options.samples)
     except (config_lib.ConfigError, checkpoint.CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

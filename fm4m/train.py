@@ -24,6 +24,7 @@ from etils import epath
 
 from fm4m import (
     checkpoint,
+    configured,
     evaluate,
     exit_codes,
     files,
@@ -34,7 +35,6 @@ from fm4m import (
     preemption,
     processes,
     profiling,
-    recipes,
     run_folder,
     sharding,
     skipped,
@@ -45,14 +45,9 @@ from fm4m import model as model_lib
 from fm4m import plan as plans
 from fm4m import step as step_lib
 from fm4m.errors import DataError
-from fm4m.masking import Masking
-from fm4m.modalities import ModalitySet
-from fm4m.plan import make_model_config
 from fm4m.stream import Stream
 
 log = logging.getLogger("fm4m")
-
-PictureHook = Callable[[Any, int], Mapping[str, np.ndarray]]
 
 # The exit codes of errors that a process can only have come to by itself; others are bugs, or those of a connection to
 # a process that died.
@@ -92,7 +87,7 @@ def train(
     workdir: str | os.PathLike,
     train_stream: Stream,
     eval_stream: Stream | None = None,
-    sample_pictures: PictureHook | None = None,
+    sample_pictures: configured.PictureHook | None = None,
     clock: goodput.Clock | None = None,
 ) -> Result:
     """Trains until ``config.train.total`` and returns the result; continues from the newest checkpoint in ``workdir``.
@@ -352,57 +347,6 @@ def _named(split: str, losses: Mapping[str, float]) -> dict[str, float]:
     return {f"{split}/loss": metrics.mean_loss(losses)} | {f"{split}/loss/{n}": v for n, v in losses.items()}
 
 
-def open_streams(config: Any) -> tuple[Stream, Stream]:
-    """The training and validation streams of a configuration, from `data_pipelines.loader`.
-
-    Raises ConfigError with the loader's own sentence if the mixture, its modules or its files are not there.
-    """
-    # SeqIO imports TensorFlow, which otherwise fills the terminal with remarks about missing CUDA drivers.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from data_pipelines import loader
-
-    try:
-        loader.import_mixture_modules(config.data.modules)
-        train_stream = loader.open_stream(config.data.mixture, "train", seed=config.seed)
-        split = config.eval.split
-        eval_stream = loader.open_stream(config.data.mixture, split, seed=config.seed, shuffle=False, num_epochs=1)
-    except (ImportError, KeyError, OSError, ValueError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        raise config_lib.ConfigError(f"data.mixture = {config.data.mixture!r}: {message}") from error
-    return train_stream, eval_stream
-
-
-def mixture(config: Any) -> tuple[ModalitySet, Masking, tuple[str, ...]]:
-    """Modalities, masking recipe and tasks that a configuration trains on, for programs that need no samples.
-
-    They are those of the registered mixture if ``data.modules`` names any module, which needs its files, or else of a
-    released model's mixture, which needs nothing. Raises ConfigError.
-    """
-    if config.data.modules:
-        stream, _ = open_streams(config)
-        return stream.modalities, config_lib.budgets(config, stream.masking), tuple(stream.tasks)
-    return recipes.without_data(config)
-
-
-def sample_sheet(config: Any, stream: Stream) -> PictureHook | None:
-    """The hook that draws sample pictures of a configuration; None if it names no tokenizer to draw with.
-
-    Raises ConfigError for a tokenizer that cannot be loaded or inputs that the model does not have.
-    """
-    from fm4m import pictures
-
-    if not config.log.picture_tokenizers:
-        return None
-    try:
-        showers = pictures.load_showers(config.log.picture_tokenizers, stream.modalities)
-        raw = pictures.spread_samples(stream, config.log.picture_samples)
-        inputs = config.log.picture_inputs
-        return pictures.SampleSheet(make_model_config(config), stream.modalities, raw, inputs, showers)
-    except (KeyError, OSError, ValueError) as error:
-        what = error.args[0] if isinstance(error, KeyError) else error
-        raise config_lib.ConfigError(f"log.picture_tokenizers or log.picture_inputs: {what}") from error
-
-
 def exit_code(config: Any, workdir: str | os.PathLike, run: Callable[[], Result]) -> int:
     """Joins the processes of the run, calls ``run`` under the watchdog, and returns one of `fm4m.exit_codes`.
 
@@ -429,8 +373,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> Result:
         log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-        train_stream, eval_stream = open_streams(config)
-        return train(config, workdir, train_stream, eval_stream, sample_sheet(config, eval_stream), clock)
+        train_stream, eval_stream = configured.streams(config)
+        return train(config, workdir, train_stream, eval_stream, configured.sample_sheet(config, eval_stream), clock)
 
     return exit_code(config, workdir, run)
 

@@ -11,7 +11,7 @@ import pytest
 from spoiled_stream import SpoiledStream
 from tiny_run import TinyStream, tiny_config
 
-from fm4m import checkpoint, examine, exit_codes, goodput, metrics, plan, replay, sharding, train
+from fm4m import checkpoint, configured, examine, exit_codes, goodput, metrics, plan, replay, sharding, train
 
 SPOILED = 16 * 9 + 3  # a sample of step 10
 
@@ -115,7 +115,7 @@ def test_the_first_layer_that_is_not_finite_is_named(run):
 
 def test_the_command_line_and_a_step_whose_checkpoint_is_gone(run, report, monkeypatch, capsys, tmp_path):
     workdir, _, stream, _ = run
-    monkeypatch.setattr(train, "open_streams", lambda config: (stream, None))
+    monkeypatch.setattr(configured, "streams", lambda config: (stream, None))
     assert replay.main([f"--workdir={workdir}", "--step=6"]) == exit_codes.CANNOT_START
     assert "error: step 6 cannot be replayed: no checkpoint before it" in (said := capsys.readouterr().err)
     assert "steps that can be: 1 to 4 and 9 to 12" in said and said.count("\n") == 1

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from fm4m import expected, flops, loss, optim, sharding, train
+from fm4m import configured, expected, flops, loss, optim, sharding
 from fm4m import model as model_lib
 from fm4m import plan as plans
 from fm4m import step as step_lib
@@ -37,7 +37,7 @@ class Program:
 
 def build(config: Any, topology: topology_lib.Topology) -> Program:
     """Makes the step as `fm4m.train` does. Raises ConfigError for a configuration that cannot run there."""
-    modalities, masking, tasks = train.mixture(config)
+    modalities, masking, tasks = configured.mixture(config)
     mesh = sharding.make_mesh(**config.mesh, devices=topology_lib.devices(topology))
     sharding.check_batch(mesh, config.train.global_batch, config.train.accumulation)
     model = plans.make_model_config(config, "tpu", masking.most_tokens)
