@@ -7,8 +7,8 @@ Then:     python -m fm4m.generate --model=runs/rooms_long --inputs caption="a ki
               --out=small
           python -m fm4m.generate --model=runs/rooms_larger --codes=small/codes.npz \
               --inputs rgb=small/tok_rgb@64-0.png --targets=tok_rgb@128 --out=large
-Cost:     to be measured.
-Expect:   to be measured.
+Cost:     tokens 2 minutes, training 36 minutes on two CPU cores that had other work, too.
+Expect:   validation loss 3.62, where the codes' frequencies alone reach 6.67.
 """
 
 from fm4m import recipes
