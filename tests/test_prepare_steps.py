@@ -88,13 +88,13 @@ def test_codes_are_those_of_the_tokenizer(name, mirrored):
 
 def test_pixels_may_be_those_that_a_tokenizer_gives_back():
     path = str(TOKENIZERS / "rgb.safetensors")
-    step = make(make="pixels", size=64, patch_size=8, tokenizer=path)
+    step = make(make="pixels", size=64, patch_size=8, through=path)
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     tokenizer = io.load(path)
     [made] = step.run([record(Crop(0, 0, 64, 64, False), rgb=picture)])
     np.testing.assert_array_equal(made.array, tokenizer.decode(tokenizer.encode(picture[None]))[0])
     with pytest.raises(ConfigError, match=r"is for rgb of \(64, 64\) pixels, expected rgb of \(32, 32\)"):
-        make(make="pixels", size=32, patch_size=8, tokenizer=path)
+        make(make="pixels", size=32, patch_size=8, through=path)
 
 
 def test_a_record_that_fails_takes_no_other_with_it():

@@ -19,7 +19,7 @@ def get_config():
     c.validation.source = dict(kind="rooms", path=f"{PACKS}/rooms_val.zip")
     c.text.tokenizer = f"{TOKENIZERS}/text.json"
     c.modalities = {
-        "rgb@64": dict(make="pixels", size=64, patch_size=8, tokenizer=f"{TOKENIZERS}/rgb.safetensors"),
+        "rgb@64": dict(make="pixels", size=64, patch_size=8, through=f"{TOKENIZERS}/rgb.safetensors"),
         "tok_rgb@128": dict(make="codes", input="rgb", tokenizer=f"{PACKS}/rgb.safetensors"),
         "caption": dict(make="caption", max_tokens=40),
     }

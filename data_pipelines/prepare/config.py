@@ -44,9 +44,9 @@ REQUIRED = object()
 _TEXT = {"tokenizer": "", "max_tokens": 256}
 # Options of every step with their defaults.
 STEPS: dict[str, dict[str, Any]] = {
-    # size: edge of the picture, or (height, width). tokenizer: a file; the picture is what its codes are decoded to, as
+    # size: edge of the picture, or (height, width). through: a tokenizer; the picture is what its codes decode to, as
     # if another model had generated it.
-    "pixels": {"size": REQUIRED, "patch_size": 16, "input": "rgb", "tokenizer": ""},
+    "pixels": {"size": REQUIRED, "patch_size": 16, "input": "rgb", "through": ""},
     # tokenizer: a file that fm4m.tokenizers.io.load reads. size: of the crops that a label sees, if other than its.
     # shift: class ids are raised by one and void (255) becomes 0, as the reference's class maps need it. grid: how
     # codes that are not on the tokenizer's grid (memcodes) are arranged. learned_positions: None says yes for vectors.

@@ -92,14 +92,14 @@ class Pixels(Step):
         grid = self._size[0] // patch, self._size[1] // patch
         self.modality = Modality(name, "pixels", grid=grid, patch_size=patch, channels=3)
         self._tokenizer = None
-        if options["tokenizer"]:
+        if options["through"]:
             from fm4m.tokenizers import io
 
-            self._tokenizer = io.load(options["tokenizer"])
+            self._tokenizer = io.load(options["through"])
             config = self._tokenizer.config
             if config.domain != "rgb" or config.image_size != self._size:
                 raise ConfigError(
-                    f"modalities.{name}: {options['tokenizer']} is for {config.domain} of {config.image_size} pixels, "
+                    f"modalities.{name}: {options['through']} is for {config.domain} of {config.image_size} pixels, "
                     f"expected rgb of {self._size}"
                 )
 
