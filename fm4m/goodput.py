@@ -42,6 +42,8 @@ log = logging.getLogger("fm4m")
 CAUSES = ("start", "data", "compile", "restore", "step", "checkpoint", "validation", "pictures", "profile")
 BETWEEN = ("restart", "lost")
 FILE, FORMAT = "goodput.json", 1
+# How long the end of a run waits for the last step: longer than steps take, shorter than others wait for news.
+_LAST_STEP_SECONDS = 10.0
 
 
 class LastStep:
@@ -68,8 +70,13 @@ class LastStep:
         return max(0.0, end - max(begin, self._when))
 
     def close(self) -> None:
-        """Ends the thread, once the steps it was told of are finished."""
+        """Ends the thread, once the steps it was told of are finished.
+
+        Waits for it, though not for devices that hang: a thread that still waits for one when the process ends makes it
+        end by SIGABRT, whatever its exit code was to be.
+        """
         self._values.put(None)
+        self._thread.join(_LAST_STEP_SECONDS)
 
     def _watch(self) -> None:
         while (value := self._values.get()) is not None:
