@@ -14,14 +14,14 @@ from etils import epath
 from tiny_run import MODALITIES, tiny_config
 
 from fm4m import config as config_lib
-from fm4m import files, goodput, optim, profiling, run_folder, sharding, step, train
+from fm4m import files, goodput, optim, plan, profiling, run_folder, sharding, step, train
 
 
 @pytest.fixture(scope="module")
 def params():
     """Shapes and shardings of the tiny model's parameters."""
     config = tiny_config()
-    model, optimizer = train.make_model_config(config), optim.from_config(config, 10, 0, 0)
+    model, optimizer = plan.make_model_config(config), optim.from_config(config, 10, 0, 0)
     return step.abstract_state(config, model, MODALITIES, optimizer, sharding.make_mesh())["params"]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tiny_run import MODALITIES, TinyStream, tiny_config
 
-from fm4m import checkpoint, evaluate, exit_codes, goodput, metrics, optim, run_folder, sharding, step, train
+from fm4m import checkpoint, evaluate, exit_codes, goodput, metrics, optim, plan, run_folder, sharding, step, train
 from fm4m.checkpoint import CheckpointError
 from fm4m.config_file import ConfigError
 from fm4m.masking import mask_batch
@@ -144,7 +144,7 @@ def test_the_baseline_is_the_smoothed_frequency_of_targets(run):
 
 def one_step(config, stream):
     mesh = sharding.make_mesh()
-    model, optimizer = train.make_model_config(config), optim.from_config(config, 10, 0, 0)
+    model, optimizer = plan.make_model_config(config), optim.from_config(config, 10, 0, 0)
     make = step.make_step(config, model, stream.modalities, stream.masking, stream.tasks, optimizer, mesh)
     state = step.init_state(config, model, stream.modalities, optimizer)
     return make(
@@ -244,7 +244,7 @@ def test_two_processes_agree_with_one_and_one_continues_them(tmp_path, caplog):
 def test_losses_of_an_average_are_those_evaluated(run):
     workdir, result, _ = run
     config = tiny_config()
-    model = train.make_model_config(config)
+    model = plan.make_model_config(config)
     mesh = sharding.make_mesh()
     evaluator = evaluate.Evaluator(model, VALIDATION, VALIDATION.masking, mesh, batch=8, method="blocked")
     average, _ = checkpoint.load_params(workdir, ema=True)
