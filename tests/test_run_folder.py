@@ -14,7 +14,7 @@ from etils import epath
 from tiny_run import MODALITIES, tiny_config
 
 from fm4m import config as config_lib
-from fm4m import files, goodput, optim, plan, profiling, run_folder, sharding, step, train
+from fm4m import files, goodput, optim, plan, profiling, run_folder, sharding, step
 
 
 @pytest.fixture(scope="module")
