@@ -67,7 +67,7 @@ def test_unknown_names_give_the_nearest(name, message):
 
 def test_a_missing_libtpu_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'fm4m\[aot\]'$"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[aot\]'$"):
         topology.devices(topology.parse("v4-8"))
 
 
