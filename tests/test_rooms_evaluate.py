@@ -155,7 +155,8 @@ def quick(monkeypatch, loaded):
     [
         (["--samples=0"], SET, "--samples is 0, expected at least 1"),
         (["--data=nowhere"], SET, "nowhere/rooms_val.zip: no such rooms pack"),
-        (["--set", "rgb.depth=2"], SET, "'rgb.depth=2' is not EXPERIMENT.TARGET.KEY=VALUE"),
+        (["--set", "rgb.depth"], SET, "'rgb.depth' is not EXPERIMENT.TARGET.KEY=VALUE"),
+        (["--set", "rgb.depth=2"], SET, "--set rgb.depth: expected EXPERIMENT.TARGET.KEY, beginning with one of"),
         (["--set", "rgb.dept.steps=2"], SET, "--set rgb.dept.steps: expected"),
         (["--set", "rgb.depth.stepz=2"], SET, "there is no setting 'stepz'"),
         ([], ModalitySet(tuple(m for m in SET.modalities if m.name != "tok_normal@64")),

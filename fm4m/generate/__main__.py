@@ -16,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from fm4m.generate import presets
+from fm4m.generate import command, presets
 from fm4m.generate.generator import Target
 from fm4m.generate.session import Session, known_modalities, read_codes, read_mask
 
@@ -24,65 +24,52 @@ from fm4m.generate.session import Session, known_modalities, read_codes, read_ma
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 with one sentence on standard error."""
     options = parse(argv)
-    try:
-        run(options)
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.exit_code(lambda: run(options))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fm4m.generate", description="Generates modalities from others.", allow_abbrev=False
-    )
-    parser.add_argument("--model", required=True, help="a run's folder, or weights that fm4m.load opens")
-    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
-    parser.add_argument("--inputs", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-                        help="a picture, a .npy array, or a text; a text that ends with [S_1] may go on")  # fmt: skip
+    parser = command.parser("fm4m.generate", "Generates modalities from others.")
+    command.add_pairs(parser, "--inputs", "NAME=VALUE",
+                      "a picture, a .npy array, or a text; a text that ends with [S_1] may go on")  # fmt: skip
     parser.add_argument("--codes", type=pathlib.Path, metavar="FILE",
                         help="codes.npz of an earlier run, perhaps with another model: what it has and this model "
                         "takes is given")  # fmt: skip
     parser.add_argument("--targets", default="", help="modalities to generate, comma-separated, in this order; "
                         "default: all outputs that are not given")  # fmt: skip
-    parser.add_argument("--edit", nargs="+", action="extend", default=[], metavar="NAME=MASK",
-                        help="generate a part of a given modality anew: a mask picture (white changes) or "
-                        "xmin,ymin,xmax,ymax from 0 to 1")  # fmt: skip
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="[NAME.]KEY=VALUE",
-                        help=f"settings of all targets or of one: {', '.join(presets.SETTINGS)}")  # fmt: skip
+    command.add_pairs(parser, "--edit", "NAME=MASK",
+                      "generate a part of a given modality anew: a mask picture (white changes) or "
+                      "xmin,ymin,xmax,ymax from 0 to 1")  # fmt: skip
+    command.add_pairs(parser, "--set", "[NAME.]KEY=VALUE",
+                      f"settings of all targets or of one: {', '.join(presets.SETTINGS)}")  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="how many results to draw from the same inputs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", action="append", metavar="NAME=KIND:FILE",
-                        help="tokenizer of a modality (KIND image, text or boxes); default: the run's own")  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("generated"), help="folder (%(default)s)")
     return parser.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> None:
     """Loads the model, generates, writes and prints."""
-    import fm4m
-
     if options.samples < 1:
         raise ValueError("--samples must be at least 1")
-    session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
+    session = command.open_session(options)
     modalities = session.modalities
     if not options.inputs and not options.codes:
         raise ValueError(f"--inputs are missing; this model's {known_modalities(modalities)}")
     codes = read_codes(options.codes) if options.codes else {}
     if codes and not set(codes) & set(modalities.inputs):
         raise ValueError(f"--codes has {', '.join(codes)}; this model's {known_modalities(modalities)}")
-    canvas = session.read(_pairs(options.inputs, "--inputs"), options.samples, codes)
+    canvas = session.read(command.pairs(options.inputs, "--inputs"), options.samples, codes)
     given = list(canvas.seen)
     edited = []
-    for name, where in _pairs(options.edit, "--edit").items():
+    for name, where in command.pairs(options.edit, "--edit").items():
         name = session.name_of(name, [n for n in given if modalities[n].kind == "tokens"])
         canvas = session.open_cells(canvas, name, read_mask(where))
         edited.append(name)
     asked = [session.name_of(n, modalities.outputs) for n in options.targets.split(",") if n]
     names = asked or edited or presets.in_order(n for n in modalities.outputs if n not in given)
     names = [*(n for n in edited if n not in names), *names]
-    settings = list(_pairs(options.set, "--set").items())
+    settings = list(command.pairs(options.set, "--set").items())
     for key, _ in settings:
         whose = key.rpartition(".")[0]
         if whose and session.name_of(whose, modalities.outputs) not in names:
@@ -106,18 +93,6 @@ def run(options: argparse.Namespace) -> None:
         if modalities[name].kind == "sequence" and name in session.showers:
             for text in session.texts(canvas, name):
                 print(f"{name}: {text}")
-
-
-def _pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
-    out = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise ValueError(f"{flag}: {text!r} is not NAME=VALUE")
-        if name in out:
-            raise ValueError(f"{flag}: {name} is given twice")
-        out[name] = value
-    return out
 
 
 def _target(session: Session, name: str, given: Sequence[str], settings: Sequence[tuple[str, str]]) -> Target:

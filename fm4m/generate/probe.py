@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fm4m.generate import command
 from fm4m.generate.canvas import Canvas
 from fm4m.generate.ensemble import as_targets
 from fm4m.generate.generator import Target
@@ -199,48 +200,32 @@ def _is_change(text: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 with one sentence on standard error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fm4m.generate.probe",
-        description="Changes one input in steps and draws how the predictions react.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="a run's folder, or weights that fm4m.load opens")
-    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
-    parser.add_argument("--inputs", nargs="+", default=[], metavar="NAME=VALUE",
-                        help="what is held: a picture, a .npy array, a text; or the start of what varies")  # fmt: skip
+    parser = command.parser(
+        "fm4m.generate.probe", "Changes one input in steps and draws how the predictions react."
+    )  # fmt: skip
+    command.add_pairs(parser, "--inputs", "NAME=VALUE",
+                      "what is held: a picture, a .npy array, a text; or the start of what varies")  # fmt: skip
     parser.add_argument("--vary", required=True, metavar="NAME=VALUE|VALUE...",
                         help="what changes: values, or changes OLD>NEW or N:+DX,DY (box N) of the input")  # fmt: skip
     parser.add_argument("--targets", required=True, help="modalities to generate, comma-separated, in this order")
     parser.add_argument("--samples", type=int, default=1, help="results for every value, a line each")
     parser.add_argument("--seed", type=int, default=0, help="the same for every value")
-    parser.add_argument("--tokenizer", action="append", metavar="NAME=KIND:FILE",
-                        help="tokenizer of a modality (KIND image, text or boxes); default: the run's own")  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("probe.png"), help="picture (%(default)s)")
     options = parser.parse_args(argv)
-    try:
-        _run(options)
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.exit_code(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
     from PIL import Image
 
-    import fm4m
-
     if options.samples < 1:
         raise ValueError("--samples must be at least 1")
-    session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
+    session = command.open_session(options)
     modalities = session.modalities
     everything = [*dict.fromkeys((*modalities.inputs, *modalities.outputs))]
-    inputs = {}
-    for text in options.inputs:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise ValueError(f"--inputs: {text!r} is not NAME=VALUE; this model's {known_modalities(modalities)}")
-        inputs[session.name_of(name, everything)] = value
+    form = f"NAME=VALUE; this model's {known_modalities(modalities)}"
+    given = command.pairs(options.inputs, "--inputs", form)
+    inputs = {session.name_of(name, everything): value for name, value in given.items()}
     name, _, rest = options.vary.partition("=")
     varied = session.name_of(name, everything)
     m, texts = modalities[varied], rest.split("|")

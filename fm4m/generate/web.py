@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from fm4m.generate import presets
+from fm4m.generate import command, presets
 from fm4m.generate.canvas import Canvas
 from fm4m.generate.generator import Target
 from fm4m.generate.page import PAGE
@@ -310,31 +310,20 @@ def make_server(session: Session, host: str = "127.0.0.1", port: int = 7860) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 with one sentence on standard error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fm4m.generate.web", description="A web page for generating by hand.", allow_abbrev=False
-    )
-    parser.add_argument("--model", required=True, help="a run's folder, or weights that fm4m.load opens")
-    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
-    parser.add_argument("--tokenizer", action="append", metavar="NAME=KIND:FILE",
-                        help="tokenizer of a modality (KIND image, text or boxes); default: the run's own")  # fmt: skip
+    parser = command.parser("fm4m.generate.web", "A web page for generating by hand.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args(argv)
-    import fm4m
+    return command.exit_code(lambda: _serve(options))
 
-    try:
-        session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
-        server = make_server(session, options.host, options.port)
-    except (ValueError, OSError, OverflowError, KeyError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
-    with server:
+
+def _serve(options: argparse.Namespace) -> None:
+    with make_server(command.open_session(options), options.host, options.port) as server:
         print(f"open http://{options.host}:{server.server_address[1]}", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             print("stopped")
-    return 0
 
 
 if __name__ == "__main__":

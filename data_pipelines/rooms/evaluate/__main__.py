@@ -18,30 +18,21 @@ from collections.abc import Sequence
 
 from data_pipelines.rooms.evaluate import settings
 from data_pipelines.rooms.pack import SHIPPED
+from fm4m.generate import command
 
 ROOMS_IN_SHEETS = 4
+_SET = "EXPERIMENT.TARGET.KEY=VALUE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 with one sentence on standard error."""
     options = parse(argv)
-    try:
-        run(options)
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.exit_code(lambda: run(options))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.rooms.evaluate",
-        description="Measures generation on held-out rooms.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="a run's folder, one of its steps, or weights (see fm4m.load)")
-    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
+    parser = command.parser("data_pipelines.rooms.evaluate", "Measures generation on held-out rooms.")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for results.json and the sheets")
     parser.add_argument("--data", type=pathlib.Path, default=SHIPPED,
                         help="folder with rooms_val.zip, to be measured on, and rooms_train.zip "
@@ -55,32 +46,27 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=32, help="samples at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="EXPERIMENT.TARGET.KEY=VALUE",
-                        help="change how a target is generated, such as caption.rgb.guidance=2; experiments: "
-                        f"{', '.join(settings.TARGETS)}")  # fmt: skip
-    parser.add_argument("--tokenizer", action="append", metavar="NAME=KIND:FILE",
-                        help="tokenizer of a modality (KIND image, text or boxes); default: the run's own")  # fmt: skip
+    command.add_pairs(parser, "--set", _SET, "change how a target is generated, such as caption.rgb.guidance=2; "
+                      f"experiments: {', '.join(settings.TARGETS)}")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> None:
     """Loads, generates, measures, prints and writes."""
-    asked = dict(_pair(text) for text in options.set)
+    asked = command.pairs(options.set, "--set", _SET)
     settings.check(asked)
     for name in ("samples", "train_samples", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
 
-    import fm4m
     from data_pipelines.rooms.evaluate import files, from_caption, from_rgb, sheets, table, truth
     from data_pipelines.rooms.evaluate import run as run_lib
-    from fm4m.generate.session import Session
 
     start = time.perf_counter()
     rooms = truth.load_rooms(options.data / f"rooms_{options.split}.zip", options.samples)
     train = truth.load_rooms(options.data / "rooms_train.zip", options.train_samples)
     extract = from_caption.lite0()
-    session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
+    session = command.open_session(options)
     settings.check_model(session)
     plans = {name: settings.plans(session.modalities, name, asked) for name in settings.TARGETS}
     for name, chain in plans.items():
@@ -134,13 +120,6 @@ def run(options: argparse.Namespace) -> None:
         "seconds": {**runner.seconds, "all": time.perf_counter() - start},
     }
     files.write(options.out, results, pictures)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or name.count(".") != 2:
-        raise ValueError(f"--set: {text!r} is not EXPERIMENT.TARGET.KEY=VALUE")
-    return name, value
 
 
 if __name__ == "__main__":

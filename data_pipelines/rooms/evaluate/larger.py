@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipelines.rooms.evaluate import table
+from fm4m.generate import command
 
 SMALL, LARGE = "rgb@64", "tok_rgb@128"
 ROOMS_IN_SHEET = 4
@@ -23,23 +24,14 @@ ROOMS_IN_SHEET = 4
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 with one sentence on standard error."""
     options = parse(argv)
-    try:
-        run(options)
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.exit_code(lambda: run(options))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.rooms.evaluate.larger",
-        description="Measures a super-resolution model on held-out rooms.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="a run's folder, one of its steps, or weights (see fm4m.load)")
-    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
+    parser = command.parser(
+        "data_pipelines.rooms.evaluate.larger", "Measures a super-resolution model on held-out rooms."
+    )  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for results.json and larger.png")
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("data/rooms128"),
                         help="folder with rooms_val.zip and rooms_train.zip of the larger pictures "
@@ -50,27 +42,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=32, help="samples at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="change how the codes are generated, such as temperature=0.5")  # fmt: skip
-    parser.add_argument("--tokenizer", action="append", metavar="NAME=image:FILE",
-                        help="tokenizer of a modality; default: the run's own")  # fmt: skip
+    command.add_pairs(parser, "--set", "KEY=VALUE", "change how the codes are generated, such as temperature=0.5")
     return parser.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> None:
     """Loads, generates, measures, prints and writes."""
-    import fm4m
     from data_pipelines.prepare.labels.pixels import resize
     from data_pipelines.rooms.evaluate import files, from_caption, settings, sheets, truth
     from data_pipelines.rooms.evaluate import run as run_lib
     from fm4m.generate import presets
     from fm4m.generate.generator import Target
-    from fm4m.generate.session import Session, known_modalities
+    from fm4m.generate.session import known_modalities
     from fm4m.pictures import draw_sheet
     from fm4m.tokenizers import io, reconstruction
 
-    asked = dict(text.partition("=")[::2] for text in options.set)
-    session = Session(fm4m.load(options.model, ema=options.ema), options.tokenizer)
+    asked = command.pairs(options.set, "--set", "KEY=VALUE")
+    session = command.open_session(options)
     inputs, outputs = session.modalities.inputs, session.modalities.outputs
     if SMALL not in inputs or LARGE not in outputs or LARGE not in session.showers:
         raise ValueError(f"this evaluation needs a model that makes {LARGE}, whose tokenizer is known, from {SMALL}; "
