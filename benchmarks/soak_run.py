@@ -7,17 +7,15 @@ waits 0.1 seconds before each batch.
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
-from fm4m import config as config_lib
-from fm4m import goodput, processes, train
+from fm4m import configured, processes, train
 from fm4m.batch import RawBatch
 from fm4m.errors import DataError
 from fm4m.masking import Masking, MaskingComponent
@@ -67,20 +65,15 @@ class Samples(RandomStream):
             yield raw
 
 
+def inputs(config: Any) -> configured.Inputs:
+    """Random samples, failing as FM4M_FAULT says, and no pictures."""
+    stream = Samples(config.seed, fault=os.environ.get("FM4M_FAULT", ""))
+    return stream, Samples(config.seed + 1, VALIDATION_SAMPLES), None
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns one of `fm4m.exit_codes`."""
-    config, workdir = config_lib.from_command_line(sys.argv if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    clock = goodput.Clock(goodput.process_age())
-
-    def run() -> train.Result:
-        logging.getLogger("fm4m").setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-        stream = Samples(config.seed, fault=os.environ.get("FM4M_FAULT", ""))
-        return train.train(config, workdir, stream, Samples(config.seed + 1, VALIDATION_SAMPLES), None, clock)
-
-    return train.exit_code(config, workdir, run)
+    return train.main(argv, inputs)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,14 @@ from fm4m.stream import Stream
 
 # (parameters, step) -> pictures uint8 [H, W, 3] by name.
 PictureHook = Callable[[Any, int], Mapping[str, np.ndarray]]
+# Training stream, validation stream, sample pictures: what a run reads and shows.
+Inputs = tuple[Stream, Stream, PictureHook | None]
+
+
+def inputs(config: Any) -> Inputs:
+    """What a run of this configuration reads and shows. Raises ConfigError, see `streams` and `sample_sheet`."""
+    train_stream, eval_stream = streams(config)
+    return train_stream, eval_stream, sample_sheet(config, eval_stream)
 
 
 def streams(config: Any) -> tuple[Stream, Stream]:

@@ -363,8 +363,8 @@ def exit_code(config: Any, workdir: str | os.PathLike, run: Callable[[], Result]
     return exit_codes.PREEMPTED if result.preempted else exit_codes.DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns one of `fm4m.exit_codes`."""
+def main(argv: list[str] | None = None, open_inputs: Callable[[Any], configured.Inputs] = configured.inputs) -> int:
+    """The command line; returns one of `fm4m.exit_codes`. ``open_inputs``: from the configuration to what is read."""
     config, workdir = config_lib.from_command_line(sys.argv if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     if config.compilation_cache:
@@ -373,8 +373,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> Result:
         log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-        train_stream, eval_stream = configured.streams(config)
-        return train(config, workdir, train_stream, eval_stream, configured.sample_sheet(config, eval_stream), clock)
+        return train(config, workdir, *open_inputs(config), clock)
 
     return exit_code(config, workdir, run)
 
