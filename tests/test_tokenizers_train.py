@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import pytest
 from fork_runs import Runs
 
 from configs.tokenizers import ml4m, rooms, rooms128
-from fm4m import checkpoint, metrics, optim, sharding
+from fm4m import checkpoint, files, metrics, optim, sharding
 from fm4m.config_file import ConfigError
 from fm4m.tokenizers import arrays, augment, io, quantize, report, train, train_config, train_step
 from fm4m.tokenizers.config import VQConfig
@@ -317,6 +318,16 @@ def test_command_line(capsys, tmp_path):
     assert "gs://bucket/x: a tokenizer is trained in a local folder" in capsys.readouterr().err
     assert train.main(["train", f"--config={rooms.__file__}:sound", "--out=x"]) == 2
     assert "no tokenizer for 'sound'" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_is_one_sentence(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        with files.writing("metrics.jsonl"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train, "run_to_file", full)
+    assert train.main(["train", f"--config={rooms.__file__}:rgb", f"--out={tmp_path}/a.safetensors"]) == 1
+    assert capsys.readouterr().err.startswith("error: metrics.jsonl cannot be written: No space left")
 
 
 def test_order_and_sizes_are_functions_of_seed_and_step():

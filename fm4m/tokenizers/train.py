@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm4m import checkpoint, metrics, optim, processes, sharding
+from fm4m import checkpoint, files, metrics, optim, processes, sharding
 from fm4m.config_file import ConfigError
 from fm4m.tokenizers import arrays, io, preprocess, quantize, train_config, train_step, vqvae_model
 from fm4m.tokenizers.config import VQConfig
@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     try:
         run_to_file(config, workdir, out)
-    except (FloatingPointError, checkpoint.SaveError, preprocess.ArrayError) as error:
+    except (FloatingPointError, checkpoint.SaveError, files.StorageError, preprocess.ArrayError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (ConfigError, checkpoint.CheckpointError) as error:
