@@ -215,9 +215,13 @@ class DecoderLayer(nnx.Module):
         """x [B, M, D], context [B, N, D]; who sees whom in ``x`` and in ``context`` -> [B, M, D]."""
         y = self.self_attention_norm(x)
         x = checkpoint_name(x + self.self_attention(y, y, own), "residual")
-        y = self.cross_attention(self.query_norm(x), self.context_norm(context), cross)
+        y = self.attend_context(self.query_norm(x), self.context_norm(context), cross)
         x = checkpoint_name(x + y, "residual")
         return x + self.mlp(self.mlp_norm(x))
+
+    def attend_context(self, x: jax.Array, context: jax.Array, cross: Visibility) -> jax.Array:
+        """The cross-attention, of normalised inputs: x [B, M, D], context [B, N, D] -> [B, M, D]."""
+        return self.cross_attention(x, context, cross)
 
 
 # ---- modules as functions of nested dicts of arrays

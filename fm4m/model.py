@@ -250,16 +250,18 @@ def decode(
     tokens: Tokens,
     at_use: AtUse | None = None,
     own: Visibility | None = None,
+    kind: type[DecoderLayer] = DecoderLayer,
 ) -> jax.Array:
     """Runs the decoder on the query tokens [B, M]; returns hidden states [B, M, D] after the decoder's norm.
 
     Every slot sees everything the encoder saw, and of the decoder what ``own`` says, by default `decoder_visibility`.
+    ``kind`` runs a layer with the parameters of a `DecoderLayer`.
     """
     context = decoder_context(params, config, encoded)
     x = decoder_input(params, config, modalities, tokens)
     own = decoder_visibility(config, modalities, tokens) if own is None else own
     cross = all_valid(encoded.valid, x.shape[1])
-    x = _run_layers("decoder", DecoderLayer, params["decoder"], config, at_use, x, context, own, cross)
+    x = _run_layers("decoder", kind, params["decoder"], config, at_use, x, context, own, cross)
     return decoder_output(params, config, x)
 
 

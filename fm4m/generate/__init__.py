@@ -4,7 +4,7 @@
     inputs.py      arrays to a canvas, checked
     canvas.py      what the encoder sees of some samples
     engine.py      the jitted programs: a step on a grid, a whole sequence
-    cached.py      the decoder one token at a time
+    cached.py      the decoder one token at a time; absorbed.py: a few cells at a time
     probe.py       one input changed in steps, and how the predictions react; ensemble.py: samples averaged or ranked
     outpaint.py    pictures grown beyond a side; web.py (and page.py): a page to do all this by hand
     simple.py      everything given is visible, each target on its own: what sample pictures and exported artefacts need

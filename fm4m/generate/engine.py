@@ -22,6 +22,7 @@ from fm4m import model as model_lib
 from fm4m.attention import Visibility
 from fm4m.batch import Tokens
 from fm4m.generate import cached
+from fm4m.generate.absorbed import FewQueries
 from fm4m.generate.canvas import Canvas, encoder_tokens
 from fm4m.generate.sampling import Filter, guide, sample
 from fm4m.modalities import FIRST_SENTINEL_ID, NUM_SENTINELS, PAD_ID, ModalitySet
@@ -151,7 +152,7 @@ def _grid_logits(params, branches, weights, position, valid, config, modalities,
         zeros = jnp.zeros_like(place)
         query = Tokens(zeros, zeros + modalities.index(step.target), place, jnp.tile(valid, (copies, 1)))
         own = Visibility(zeros, zeros, jnp.where(query.valid, 0, -1), zeros)
-        hidden = model_lib.decode(params, config, modalities, encoded, query, own=own)
+        hidden = model_lib.decode(params, config, modalities, encoded, query, own=own, kind=FewQueries)
         return model_lib.own_logits(params, config, modalities, step.target, hidden)
 
     return guide(jnp.stack(_by_size(params, config, modalities, branches, step.slots, decoded)), weights)
