@@ -64,7 +64,8 @@ class Bench:
 
     def run(self, run: pathlib.Path, *flags: str, fault: str = "", **more) -> tuple[int, str, float]:
         """Exit code, what was printed, seconds."""
-        log, begun = run.with_suffix(".log"), time.monotonic()
+        # Not beside the run, which may be on the disk that is full.
+        log, begun = self.folder / f"{' '.join(run.relative_to(self.folder).parts)}.log", time.monotonic()
         code = self.start(self.command(run, *flags), log, fault, **more).wait(900)
         return code, log.read_text(errors="replace"), time.monotonic() - begun
 
@@ -180,10 +181,8 @@ def disk(bench: Bench) -> list[Row]:
             subprocess.run(["umount", str(small)], check=True)
     below = bench.folder / "file"
     below.write_text("")
-    log, begun = bench.folder / "below.log", time.monotonic()
-    code = bench.start(bench.command(below / "run"), log).wait(900)
-    said = sentence(log.read_text(errors="replace"), r"error: .*")
-    return [row, Row("run folder below a file", said, code, time.monotonic() - begun)]
+    code, text, seconds = bench.run(below / "run")
+    return [row, Row("run folder below a file", sentence(text, r"error: .*"), code, seconds)]
 
 
 def two_processes(bench: Bench) -> list[Row]:

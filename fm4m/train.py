@@ -278,19 +278,23 @@ def train(
             pending = step, values
             last = step == steps
             told = stopping.reached(step) and not last
+            # This may write again what failed in the background, and then takes as long as writing does.
+            watchdog.mark("checkpoint")
+            due = checkpoints.due(step)
             if (
                 last
                 or told
                 or step == stop
-                or checkpoints.due(step)
+                or due
                 or _multiple(step, config.eval.every)
                 or _multiple(step, config.log.pictures_every)
             ):
+                watchdog.mark("fetch")
                 finish(pending)
                 pending = None
                 watchdog.mark("checkpoint")
                 # After a skipped step the parameters may be what is wrong; then none replaces one that is good.
-                if last or told or (checkpoints.due(step) and not skips.in_a_row):
+                if last or told or (due and not skips.in_a_row):
                     with clock("checkpoint"):
                         checkpoints.save(state, plan.describe(step, position))
                     record.write(step)

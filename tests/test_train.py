@@ -18,7 +18,20 @@ import numpy as np
 import pytest
 from tiny_run import MODALITIES, TinyStream, tiny_config
 
-from fm4m import checkpoint, evaluate, exit_codes, goodput, metrics, optim, plan, run_folder, sharding, step, train
+from fm4m import (
+    checkpoint,
+    evaluate,
+    exit_codes,
+    goodput,
+    metrics,
+    optim,
+    plan,
+    run_folder,
+    sharding,
+    step,
+    train,
+    watchdog,
+)
 from fm4m.checkpoint import CheckpointError
 from fm4m.config_file import ConfigError
 from fm4m.masking import mask_batch
@@ -175,6 +188,19 @@ def test_steps_in_a_row_that_are_not_finite_stop_the_run_and_are_named(tmp_path)
     with pytest.raises(FloatingPointError, match=r"step 3: .* 1 in a row"):
         train.train(tiny_config(**large, train__max_skipped=0), tmp_path, TinyStream())
     assert (tmp_path / "skipped.jsonl").read_text().count("\n") == 1
+
+
+def test_a_write_that_is_repeated_has_the_time_of_a_write(tmp_path, monkeypatch):
+    """`Checkpoints.due` repeats writes that failed; the watchdog must not take that for a step that hangs."""
+    phases, due = [], checkpoint.Checkpoints.due
+
+    def watched(self, at):
+        phases.append(watchdog._now[0])
+        return due(self, at)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "due", watched)
+    train.train(tiny_config(train__stop_after=2), tmp_path, TinyStream())
+    assert phases == ["checkpoint"] * 2
 
 
 def test_batch_that_devices_or_passes_do_not_divide(tmp_path):
