@@ -1,8 +1,10 @@
 """The plain algorithms of 4M's generation: everything is encoded and decoded again for every step.
 
-This is what `fm4m.generate` is compared with, in time (benchmarks/generation.py) and, greedily, in its results. One
-forward pass a branch, over all slots of all modalities in play; a sequence's whole prefix, with all its logits, for
-every token. Random-order decoding takes its order from outside, so that both write the same cells.
+This is what `fm4m.generate` is compared with, in time (benchmarks/generation.py) and, greedily, in its results. Shapes
+are fixed, so that there is one program for all steps: one forward pass a branch over all slots of all modalities in
+play, visible or not, and all cells of the grid; a sequence at its full length, with all its logits, for every token.
+The reference implementation's shapes change from step to step and leave out what is not visible. Random-order decoding
+takes its order from outside, so that both write the same cells.
 """
 
 from __future__ import annotations

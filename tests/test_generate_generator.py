@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,36 @@ def test_guidance_of_one_and_weights_of_nothing_change_nothing(generator):
     assert (codes(generator(given(), [Target("depth", steps=2, temperature=0.0, guidance=8.0)])) != plain).any()
 
 
+def test_another_value_of_a_condition_replaces_that_value_alone(generator):
+    greedy = [Target("depth", steps=2, temperature=0.0)]
+    both = given(caption=[[220, 230, 9]] * 4)
+    same = make_canvas(SET, {"caption": [[220, 230, 9]] * 4, "depth": np.ones((4, 6), int)})
+    one, other = (
+        codes(generator(both, greedy, conditions=[Condition(2.0, ("caption",), instead=instead)]))
+        for instead in (None, same)
+    )
+    np.testing.assert_array_equal(one, other)
+    changed = make_canvas(SET, {"caption": [[240, 250, 9]] * 4})
+    assert (codes(generator(both, greedy, conditions=[Condition(2.0, ("caption",), instead=changed)])) != one).any()
+
+
+@pytest.mark.parametrize(("steps", "kind"), [(9, "onex:0.5:0.5"), (7, "decreasing:0"), (4, "linear")])
+def test_a_cosine_may_have_more_steps_than_there_are_cells(generator, steps, kind):
+    counts = []
+    partial = np.array([[1, -1, -1, 4, -1, -1], [-1] * 6, [7, 8, 9, 10, 11, -1], [0, -1, 0, 0, 0, 0]])
+    target = Target("depth", "maskgit", steps=steps, temperature=2.0, temperature_schedule=kind)
+    for canvas in (given(), given(depth=partial), given(depth=partial[[2, 2, 2, 2]])):
+        out = generator(canvas, [target], progress=lambda *told: counts.append(told))
+        assert np.asarray(out.seen["depth"]).all()
+    assert all(done <= of for _, done, of in counts)
+
+
+def test_matrices_are_not_split(generator):
+    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 2}, size=2)
+    with pytest.raises(ValueError, match="'tensor' has 2 devices, expected 1"):
+        Generator(generator.params, CONFIG, SET, mesh)
+
+
 def test_gaps_of_a_text_are_filled_and_the_rest_stays(generator):
     texts = [[220, S1], [S1], [S1, 230, S1 + 1], [S1]]
     out = generator(given(caption=texts), [Target("caption", temperature=1.5)], seed=2)
@@ -123,6 +154,8 @@ def test_gaps_of_a_text_are_filled_and_the_rest_stays(generator):
         ({}, [Target("depth", steps=0)], "at least one step"),
         ({}, [Target("depth", temperature_schedule="onex:1")], "'onex:1' is not one of"),
         ({}, [Target("depth", top_p=1.5)], "top_p = 1.5"),
+        ({}, [Target("depth", guidance=float("nan"))], "guidance = nan must be a finite number"),
+        ({}, [Target("caption", temperature=-1.0)], "temperature = -1.0 must be at least 0"),
         ({}, [Target("caption", max_tokens=9)], "must be 0 or from 2 to 7"),
         ({}, [Target("depth", guidance=2.0, conditions=("caption",))], "no given modality named 'caption'"),
         ({"depth": np.zeros((4, 6), int)}, [Target("depth")], "complete in every sample"),

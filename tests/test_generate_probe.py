@@ -40,6 +40,8 @@ def test_changes_of_the_command_line(tmp_path):
     caption, depth = SET["caption"], SET["tok_depth@64"]
     assert probe.changed(caption, "a bed", "bed > table") == "a table"
     assert probe.changed(SET["det"], TEXT, "1:+0.2,-0.5").startswith("v0=200 v1=0 v2=500 v3=400 bed")
+    moved = probe.changed(SET["det"], TEXT, "1:+0.2,0")
+    assert probe.changed(SET["det"], f"{TEXT} [S_1]", "1:0.2,0") == f"{moved} [S_1]"
     np.save(tmp_path / "map.npy", np.array([[1, 2]], np.uint8))
     Image.fromarray(np.array([[1, 2]], np.uint8)).save(tmp_path / "map.png")
     for name in ("map.npy", "map.png"):
@@ -95,6 +97,8 @@ def test_the_command_draws_a_strip(loaded, monkeypatch, capsys, tmp_path):  # no
         (["--vary", "caption=a bed"], "at least two values"),
         (["--vary", "nothing=a|b"], "named 'nothing'"),
         (["--vary", "caption=a|b", "--samples=0"], "at least 1"),
+        (["--vary", "caption=red>green|red>blue"], "is a change of what --inputs gives"),
+        (["--vary", "det=1:0.1,0|1:x", f"--out={tmp_path}/strip"], "expected the name of a picture"),
         (["--vary", "caption=a|b", "--inputs", "rgb"], "not NAME=VALUE"),
     ):
         assert probe.main([*flags, *more]) == 2

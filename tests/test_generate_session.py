@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import zipfile
 
 import jax
 import numpy as np
@@ -88,6 +89,36 @@ def test_masks_and_boxes_open_the_cells_they_touch(opened):
     assert np.flatnonzero(~np.asarray(changed.seen["tok_depth@64"])[0]).tolist() == [13]
 
 
+def test_pictures_maps_and_masks_of_one_photo_show_the_same_part_of_it(opened):
+    """Of a picture that is no square the model sees the centre; the marked columns are the first of it."""
+    marked = np.zeros((64, 128), bool)
+    marked[:, 32:40] = True
+    canvas = opened.read({"rgb": np.repeat(255 * marked[..., None].astype(np.uint8), 3, 2), "depth": 1.0 + marked})
+    assert (opened.cells(canvas, "rgb@64")[0][:, :8] == 255).all()
+    centred = opened.read({"depth": (1.0 + marked)[:, 32:96]})
+    assert (np.asarray(canvas.ids["tok_depth@64"]) == np.asarray(centred.ids["tok_depth@64"])).all()
+    assert np.flatnonzero(session.opened(marked, (8, 8)).any(0)).tolist() == [0]
+
+
+def damaged_png(path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    data[second : second + 4] = b"\0\1\2\3"
+    path.write_bytes(data)
+
+
+def test_damaged_and_enormous_pictures_are_refused_in_a_sentence(opened, monkeypatch, tmp_path):
+    damaged_png(tmp_path / "a.png")
+    for read in (lambda p: opened.read({"rgb": str(p)}), lambda p: session.read_mask(str(p))):
+        with pytest.raises(ValueError, match=r"a\.png is not a picture that can be read"):
+            read(tmp_path / "a.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"b\.png is not a picture that can be read \(Image size"):
+        session.read_mask(str(tmp_path / "b.png"))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -113,6 +144,7 @@ def test_the_demonstrations_settings_follow_what_is_given():
     without = presets.target(SET, "tok_depth@64", ["caption"])
     assert (with_image.steps, with_image.temperature, with_image.guidance) == (1, 0.01, 2.0)
     assert (without.steps, without.temperature_schedule) == (8, "onex:0.5:0.5")
+    assert presets.changed(without, {"top_k": "0.1"}).top_k == 0.1
     assert presets.in_order(["det", "caption", "tok_rgb@64", "tok_depth@64"]) == [
         "tok_depth@64", "tok_rgb@64", "caption", "det",
     ]  # fmt: skip
@@ -154,6 +186,10 @@ def test_a_second_model_goes_on(loaded, monkeypatch, capsys, tmp_path):
         assert message in capsys.readouterr().err
     assert command.main([*again, "--inputs", f"tok_depth@64={tmp_path}/x.npy"]) == 2
     assert "'tok_depth@64' is given twice" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "no.zip", "w") as archive:
+        archive.writestr("caption.txt", "a bed")
+    assert command.main(["--model=second", f"--codes={tmp_path / 'no.zip'}"]) == 2
+    assert "expected integers [samples, tokens]" in capsys.readouterr().err
     np.savez(tmp_path / "no.npz", **{"tok_rgb@64": np.zeros((2, 64), np.int32)})
     assert command.main(["--model=second", f"--codes={tmp_path / 'no.npz'}"]) == 2
     assert "--codes has tok_rgb@64; this model's inputs: caption" in capsys.readouterr().err
@@ -168,6 +204,8 @@ def test_a_second_model_goes_on(loaded, monkeypatch, capsys, tmp_path):
         (["--inputs", "caption=a bed", "--set", "stepz=2"], "there is no setting 'stepz'"),
         (["--inputs", "caption=a bed", "--set", "steps=two"], "'two' is no int"),
         (["--inputs", "caption=a bed", "--samples=0"], "at least 1"),
+        (["--inputs", "depth=depth.png"], "there is no file depth.png"),
+        (["--inputs", f"depth={__file__}"], "expected a .npy array of depth (floats) or of codes"),
         (["--inputs", "caption=a bed", "--inputs", "caption=a desk"], "--inputs: caption is given twice"),
         (["--inputs", "caption=a bed", "--targets=depth", "--set", "det.top_p=1"], "det is not generated; targets"),
         (["--inputs", "caption=a bed", f"--out={__file__}"], "File exists"),

@@ -95,6 +95,25 @@ def test_a_picture_becomes_pictures_and_texts_and_a_drawing_changes_only_its_cel
     assert changed.tolist() == [1]
 
 
+def test_two_uploads_are_two_files_and_what_is_edited_is_not_given(opened, monkeypatch):  # noqa: F811
+    seen, asked = {}, []
+    read, target = opened.read, web.presets.target
+
+    def watched(inputs, samples):
+        seen.update({name: path.read_bytes() for name, path in inputs.items()})
+        return read({"caption": "a bed", "depth": np.arange(64, dtype=np.int64)}, samples)
+
+    monkeypatch.setattr(opened, "read", watched)
+    monkeypatch.setattr(web.presets, "target", lambda m, name, given: asked.append(given) or target(m, name, given))
+    pictures = {n: np.full((8, 8, 3), v, np.uint8) for n, v in (("rgb@64", 9), ("tok_depth@64", 200))}
+    request = {"inputs": {n: {"file": url(p), "name": "a.png"} for n, p in pictures.items()},
+               "edits": {"tok_depth@64": url(np.full((8, 8), 255, np.uint8))}, "settings": {"steps": 1}}  # fmt: skip
+    web.App(opened).generate(request)
+    for name, picture in pictures.items():
+        assert (np.asarray(Image.open(io.BytesIO(seen[name]))) == picture).all()
+    assert asked == [["caption"]]
+
+
 TEXT = {"caption": {"text": "a bed"}}
 
 

@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "default: all outputs that are not given")  # fmt: skip
     command.add_pairs(parser, "--edit", "NAME=MASK",
                       "generate a part of a given modality anew: a mask picture (white changes) or "
-                      "xmin,ymin,xmax,ymax from 0 to 1")  # fmt: skip
+                      "xmin,ymin,xmax,ymax from 0 to 1 of what the model sees, the picture's centre")  # fmt: skip
     command.add_pairs(parser, "--set", "[NAME.]KEY=VALUE",
                       f"settings of all targets or of one: {', '.join(presets.SETTINGS)}")  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="how many results to draw from the same inputs")
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         name = session.name_of(name, [n for n in given if modalities[n].kind == "tokens"])
         canvas = session.open_cells(canvas, name, read_mask(where))
         edited.append(name)
-    asked = [session.name_of(n, modalities.outputs) for n in options.targets.split(",") if n]
+    asked = list(dict.fromkeys(session.name_of(n, modalities.outputs) for n in options.targets.split(",") if n))
     names = asked or edited or presets.in_order(n for n in modalities.outputs if n not in given)
     names = [*(n for n in edited if n not in names), *names]
     settings = list(command.pairs(options.set, "--set").items())
@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> None:
         whose = key.rpartition(".")[0]
         if whose and session.name_of(whose, modalities.outputs) not in names:
             raise ValueError(f"--set {key}: {whose} is not generated; targets: {', '.join(names)}")
-    targets = [_target(session, name, given, settings) for name in names]
+    # A part of a modality that is generated anew is not generated from itself being given.
+    targets = [_target(session, name, [n for n in given if n != name], settings) for name in names]
 
     options.out.mkdir(parents=True, exist_ok=True)  # or a folder that cannot be made would be known at the end only
 

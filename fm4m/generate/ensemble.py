@@ -125,7 +125,7 @@ def predict(
     Args:
       session: the model with its tokenizers.
       inputs: see `Session.read`.
-      targets: names, with the presets' settings but a temperature of 1 for grids, since equal samples need no average;
+      targets: names, with the presets' settings but a temperature of 1, since equal samples need no average;
         or targets. Each is predicted from the inputs alone, so that errors of one do not enter the others.
       samples: how many.
       seed: of everything drawn.
@@ -145,7 +145,7 @@ def predict(
 def as_targets(
     session: Session, targets: Sequence[str | Target], given: Sequence[str], diverse: bool = False
 ) -> list[Target]:
-    """Targets of names (see `Session.name_of`) with the presets' settings; with ``diverse`` grids vary."""
+    """Targets of names (see `Session.name_of`) with the presets' settings; with ``diverse`` samples vary."""
     out = []
     for target in targets:
         if isinstance(target, Target):

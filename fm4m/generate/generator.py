@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class Target:
     schedule: str = ""
     temperature: float = 1.0
     temperature_schedule: str = "constant"
-    top_k: float = 0
+    top_k: float = 0.0
     top_p: float = 0.0
     tempered: bool = False
     guidance: float = 1.0
@@ -87,6 +88,8 @@ class Generator:
       params, config, modalities: the model, as `fm4m.load` gives it.
       mesh: devices among which samples are split, every one with all weights; their number must divide the samples.
         None: one device.
+
+    Raises ValueError for a mesh whose axis ``tensor`` has several devices.
     """
 
     def __init__(
@@ -96,6 +99,11 @@ class Generator:
         modalities: ModalitySet,
         mesh: Mesh | None = None,
     ):
+        if mesh is not None and mesh.shape.get("tensor", 1) > 1:
+            raise ValueError(
+                f"mesh: the axis 'tensor' has {mesh.shape['tensor']} devices, expected 1: generation splits samples, "
+                "not matrices"
+            )
         self.config = dataclasses.replace(config, remat="none")
         self.modalities, self.mesh = modalities, mesh
         self.params = params if mesh is None else jax.device_put(params, sharding.replicated(mesh))
@@ -120,6 +128,11 @@ class Generator:
             allowed = f"0 or from 2 to {m.max_tokens}"
             raise ValueError(f"target {m.name!r}: max_tokens = {target.max_tokens} must be {allowed}")
         target.filter()
+        for key in ("temperature", "guidance"):
+            if not math.isfinite(getattr(target, key)):
+                raise ValueError(f"target {m.name!r}: {key} = {getattr(target, key)} must be a finite number")
+        if target.temperature < 0:
+            raise ValueError(f"target {m.name!r}: temperature = {target.temperature} must be at least 0")
         return dataclasses.replace(
             target, scheme=scheme, schedule=schedule, max_tokens=target.max_tokens or m.max_tokens
         )
@@ -139,7 +152,8 @@ class Generator:
         Args:
           given: what is known of B samples; a target may be known in part, the rest is generated.
           targets: what to generate.
-          seed: of everything drawn. What is drawn for sample b depends on the seed and b, not on the other samples.
+          seed: of everything drawn. What is drawn for sample b depends on the seed and b, not on the other samples;
+            but a grid that is given in part has the schedule of the sample with the fewest known cells.
           conditions: weighted conditions in the place of each target's ``guidance``. What they show is hidden from the
             unconditional prediction and from each other.
           grow: finished grids are hidden from the unconditional prediction of later targets, like what was given.
@@ -182,7 +196,7 @@ class Generator:
             branches = [bare]
             for condition in conditions:
                 hidden = [n for n in union if n not in condition.shows]
-                shown = _replaced(canvas, condition.instead) if condition.instead is not None else canvas
+                shown = _replaced(canvas, condition) if condition.instead is not None else canvas
                 branches.append(without(shown, self.modalities, hidden))
             return tuple(branches), jnp.asarray([c.weight for c in conditions], jnp.float32)
         hidden = plan.conditions if plan.conditions is not None else names
@@ -204,7 +218,9 @@ class Generator:
         shown, share = self._shown(branches, plan.name), -(-m.max_tokens // GRID_SHARES)
         first, last, done = int(known.min()), int(known.max()), 0
         for i, (count, temperature) in enumerate(zip(counts, temperatures, strict=True)):
-            if count:
+            # What rounding leaves of a cosine can be a step that writes more than is left, and one of less than none.
+            count = min(count, m.max_tokens - first - done)
+            if count > 0:
                 open_cells = _rounded(m.max_tokens - first - done, m.max_tokens, share)
                 queries = max(counts) if plan.scheme == "roar" else open_cells
                 own = _rounded(last + done, m.max_tokens, share) if plan.name in self.modalities.inputs else 0
@@ -297,5 +313,13 @@ def _with_targets(canvas: Canvas, modalities: ModalitySet, names: Sequence[str])
     return canvas
 
 
-def _replaced(canvas: Canvas, other: Canvas) -> Canvas:
-    return Canvas({**canvas.ids, **other.ids}, {**canvas.seen, **other.seen}, {**canvas.dense, **other.dense})
+def _replaced(canvas: Canvas, condition: Condition) -> Canvas:
+    """The canvas with the condition's own values of what it shows; whatever else ``instead`` has is left out."""
+    other = condition.instead
+    # A canvas has zeros of the continuous modalities that it does not have: `seen` says which it has.
+    names = [n for n in condition.shows if n in other.seen]
+
+    def merged(field: str) -> dict[str, jax.Array]:
+        return getattr(canvas, field) | {n: x for n, x in getattr(other, field).items() if n in names}
+
+    return Canvas(merged("ids"), merged("seen"), merged("dense"))

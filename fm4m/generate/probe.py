@@ -28,11 +28,12 @@ from fm4m.generate.canvas import Canvas
 from fm4m.generate.ensemble import as_targets
 from fm4m.generate.generator import Target
 from fm4m.generate.presets import base_name
-from fm4m.generate.session import Session, known_modalities
+from fm4m.generate.session import Session, known_modalities, read_picture
 from fm4m.modalities import Modality
 from fm4m.pictures import draw_sheet
 
-_MOVE = re.compile(r"(\d+):([+-][\d.]+),([+-]?[\d.]+)")
+_MOVE = re.compile(r"(\d+):([+-]?[\d.]+),([+-]?[\d.]+)")
+_GAP = re.compile(r"\s*\[S_\d+\]\s*$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,8 @@ def moved_box(text: str, number: int, dx: float, dy: float) -> str:
 
     Args:
       text: as `fm4m.transforms.boxes.to_text` writes it.
-      number: of the box, from 1 in the text's order; the order stays, so that only this box changes.
+      number: of the box, from 1 in the text's order; the order stays, and a gap at the end, so that only this box
+        changes.
       dx, dy: shares of the picture; the box stops at its edge.
 
     Raises:
@@ -133,7 +135,8 @@ def moved_box(text: str, number: int, dx: float, dy: float) -> str:
     found[number - 1] = dataclasses.replace(box, **{k: float(v) for k, v in corners.items()})
     scale = values.coordinate_bins(values.NUM_VALUES)
     parts = [(values.corners(scale.bin(v) for v in (b.xmin, b.ymin, b.xmax, b.ymax)), b.class_name) for b in found]
-    return " ".join(" ".join([*corner, name]) for corner, name in parts)
+    gap = _GAP.search(text)
+    return " ".join(" ".join([*corner, name]) for corner, name in parts) + (f" {gap[0].strip()}" if gap else "")
 
 
 def reworded(text: str, old: str, new: str) -> str:
@@ -180,13 +183,10 @@ def _class_map(m: Modality, value: Any) -> np.ndarray:
     if not isinstance(value, str | pathlib.Path):
         return value
     path = pathlib.Path(value)
+    if path.suffix != ".npy":
+        return read_picture(path, f"input {m.name!r}: {path}")
     try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        from PIL import Image
-
-        with Image.open(path) as image:
-            return np.asarray(image)
+        return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"input {m.name!r}: {path} is not a map of classes that can be read ({error})") from None
 
@@ -220,6 +220,8 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.samples < 1:
         raise ValueError("--samples must be at least 1")
+    if options.out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {options.out}: expected the name of a picture, such as probe.png")
     session = command.open_session(options)
     modalities = session.modalities
     everything = [*dict.fromkeys((*modalities.inputs, *modalities.outputs))]
@@ -234,6 +236,10 @@ def _run(options: argparse.Namespace) -> None:
         start = inputs[varied]
         values = [start, *(changed(m, start, t) if _is_change(t) else t for t in texts)]
         labels = ["as given", *texts]
+    elif changes := [t for t in texts if _is_change(t)]:
+        raise ValueError(
+            f"--vary {varied}: {changes[0]!r} is a change of what --inputs gives, and --inputs gives no {varied}"
+        )
     targets = [n for n in options.targets.split(",") if n]
     result = probe(session, inputs, varied, values, targets, samples=options.samples, seed=options.seed)
     labels = [label if len(label) < 22 else f"step {i}" for i, label in enumerate(labels)]

@@ -14,7 +14,10 @@ TEMPERATURE_SCHEDULES = ("constant", "linear", "decreasing:MIN", "onex:MIN:POWER
 
 
 def cosine_schedule(steps: int, tokens: int) -> list[int]:
-    """Tokens of each step by a raised cosine: few, many, few. Some steps may write none; the last writes the rest.
+    """Tokens of each step by a raised cosine: few, many, few. Some steps may write none.
+
+    The last takes what rounding leaves, which can be less than none (24 steps of 196 tokens), as in the reference
+    implementation; `Generator` never writes more than is open.
 
     ``round(tokens * (s_i - s_{i+1}))`` with ``s_i = (1 + cos(pi i / steps)) / 2``.
     """
@@ -88,10 +91,12 @@ def temperature_schedule(kind: str, temperature: float, counts: Sequence[int]) -
         known = ", ".join(TEMPERATURE_SCHEDULES)
         raise ValueError(f"temperature schedule {kind!r} is not one of {known} (MIN and POWER: numbers)") from None
     if not power:
-        return [float(t) for t in low + (temperature - low) * (1 - done)]
+        return [float(t) for t in np.maximum(low + (temperature - low) * (1 - done), 0)]
     y = np.linspace(1, 100, total) ** -power[0]
     y = (y - y.min()) / max(y.max() - y.min(), 1e-30)
-    return [float(t) for t in low + (temperature - low) * y[: len(counts)] * (1 - done)]
+    # By step; where there are more steps than tokens, those beyond are at the end of the curve.
+    y = y[np.minimum(np.arange(len(counts)), total - 1)]
+    return [float(t) for t in np.maximum(low + (temperature - low) * y * (1 - done), 0)]
 
 
 def _check(steps: int, tokens: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,7 +96,9 @@ class Session:
                 raise ValueError(f"input {m.name!r}: expected a text, got {type(value).__name__}")
             return self.ids(m, value)
         if isinstance(value, str | pathlib.Path):
-            value = _read_array(m, pathlib.Path(value))
+            shower = self.showers.get(m.name)
+            known = m.kind == "tokens" and shower is not None and shower.kind == "image"
+            value = _read_array(m, pathlib.Path(value), shower.tokenizer.config.domain if known else "rgb")
         value = np.asarray(value)
         if m.kind == "pixels":
             return fit(value, (m.grid[0] * m.patch_size, m.grid[1] * m.patch_size))
@@ -129,8 +133,9 @@ class Session:
 
         Args:
           name: a modality of codes that is given.
-          where: a mask [H, W], true (or not 0) where the picture shall change: a cell with any such pixel is opened;
-            or a box (xmin, ymin, xmax, ymax) relative to the picture, 0 to 1.
+          where: a mask [H, W], true (or not 0) where the picture shall change: a cell with any such pixel is opened.
+            It is cut to its centre, as pictures are; or a box (xmin, ymin, xmax, ymax), 0 to 1, relative to the
+            picture that the model sees.
         """
         m = self.modalities[name]
         if m.kind != "tokens" or name not in canvas.ids:
@@ -212,9 +217,13 @@ def read_codes(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             codes = {name: file[name] for name in file.files}
-    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"--codes: {path} is not a file of codes ({error})") from None
-    bad = [n for n, rows in codes.items() if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.signedinteger)]
+    bad = [
+        n
+        for n, rows in codes.items()
+        if not isinstance(rows, np.ndarray) or rows.ndim != 2 or not np.issubdtype(rows.dtype, np.signedinteger)
+    ]
     if bad or len({len(rows) for rows in codes.values()}) != 1:
         raise ValueError(f"--codes: {path}: expected integers [samples, tokens] of every modality"
                          + (f", but not so {bad[0]!r}" if bad else ""))  # fmt: skip
@@ -229,16 +238,41 @@ def read_mask(where: str) -> np.ndarray | Box:
             return tuple(float(n) for n in numbers)
         except ValueError:
             pass
-    from PIL import Image
-
     path = pathlib.Path(where)
     if not path.is_file():
         raise ValueError(f"{where!r} is neither a mask picture nor xmin,ymin,xmax,ymax")
+    return read_picture(path, f"{path}", lambda image: _upright(image).convert("L")) > 127
+
+
+def read_picture(
+    source: pathlib.Path | io.BytesIO, name: str, prepare: Callable[[Any], Any] = lambda image: image
+) -> np.ndarray:
+    """A picture file as an array, ``prepare`` being applied to Pillow's image.
+
+    Raises ValueError, beginning with ``name``, for what Pillow cannot read.
+    """
+    from PIL import Image
+
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L")) > 127
-    except OSError as error:
-        raise ValueError(f"{path} is not a picture that can be read ({error})") from None
+        with Image.open(source) as image:
+            return np.asarray(prepare(image))
+    # SyntaxError is Pillow's for damaged chunks; a "bomb" has more than 179 megapixels.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is not a picture that can be read ({error})") from None
+
+
+def _upright(image: Any) -> Any:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _centre(shape: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of the largest window in the middle of ``shape`` that has the proportions of ``size``."""
+    scale = min(shape[0] / size[0], shape[1] / size[1])
+    rows, columns = (max(round(n * scale), 1) for n in size)
+    top, left = (shape[0] - rows) // 2, (shape[1] - columns) // 2
+    return slice(top, top + rows), slice(left, left + columns)
 
 
 def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -249,19 +283,16 @@ def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"expected a picture uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
     if image.shape[:2] == size:
         return image
-    height, width = image.shape[:2]
-    scale = min(height / size[0], width / size[1])
-    h, w = round(size[0] * scale), round(size[1] * scale)
-    top, left = (height - h) // 2, (width - w) // 2
-    cut = Image.fromarray(image[top : top + h, left : left + w])
+    cut = Image.fromarray(image[_centre(image.shape[:2], size)])
     return np.asarray(cut.resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def opened(where: np.ndarray | Box, grid: tuple[int, int]) -> np.ndarray:
-    """bool grid: the cells that a mask [H, W] or a box touches. Raises ValueError if that is none of them."""
+    """bool grid: the cells that the centre of a mask [H, W], or a box, touches. ValueError if that is none of them."""
     rows, columns = grid
     if np.ndim(where) == 2:
         mask = np.asarray(where) != 0
+        mask = mask[_centre(mask.shape, grid)]
         y, x = np.nonzero(mask)
         cells = np.zeros(grid, bool)
         cells[y * rows // mask.shape[0], x * columns // mask.shape[1]] = True
@@ -277,7 +308,11 @@ def opened(where: np.ndarray | Box, grid: tuple[int, int]) -> np.ndarray:
     return cells
 
 
-def _read_array(m: Modality, path: pathlib.Path) -> np.ndarray:
+# Domains of tokenizers whose pictures have one channel, and those that no picture can hold.
+_GREY, _NO_PICTURES = ("semseg", "edges", "mask"), ("depth", "features", "vector")
+
+
+def _read_array(m: Modality, path: pathlib.Path, domain: str) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"input {m.name!r}: there is no file {path}")
     if path.suffix == ".npy":
@@ -285,21 +320,23 @@ def _read_array(m: Modality, path: pathlib.Path) -> np.ndarray:
             return np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"input {m.name!r}: {path} is not a .npy array ({error})") from None
-    from PIL import Image, ImageOps
+    if domain in _NO_PICTURES:
+        raise ValueError(f"input {m.name!r}: expected a .npy array of {domain} (floats) or of codes, got {path}")
 
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            wanted = "L" if base_name(m.name) == "tok_semseg" and image.mode in ("L", "P") else "RGB"
-            # A palette's indices are the class ids.
-            return np.asarray(image if image.mode == "P" and wanted == "L" else image.convert(wanted))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"input {m.name!r}: {path} is not a picture that can be read ({error})") from None
+    def prepare(image: Any) -> Any:
+        image = _upright(image)
+        # A palette's indices are the class ids; colours instead of ids are refused by the tokenizer.
+        if domain == "semseg" and image.mode not in ("L", "P"):
+            return image.convert("RGB")
+        return image if domain == "semseg" else image.convert("L" if domain in _GREY else "RGB")
+
+    return read_picture(path, f"input {m.name!r}: {path}", prepare)
 
 
 def _nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if array.ndim < 2:
         raise ValueError(f"expected an array [height, width, ...], got {array.dtype} {list(array.shape)}")
+    array = array[_centre(array.shape[:2], size)]
     rows, columns = (np.arange(n) * have // n for n, have in zip(size, array.shape[:2], strict=True))
     return array[rows][:, columns]
 

@@ -39,7 +39,7 @@ from fm4m.generate import command, presets
 from fm4m.generate.canvas import Canvas
 from fm4m.generate.generator import Target
 from fm4m.generate.page import PAGE
-from fm4m.generate.session import Session
+from fm4m.generate.session import Session, read_picture
 
 MAX_BODY = 64 << 20  # bytes of a request
 MAX_SAMPLES = 16
@@ -116,7 +116,7 @@ class App:
         suffix = pathlib.PurePosixPath(str(value.get("name", ""))).suffix.lower()
         if suffix not in _IMAGE_SUFFIXES:
             raise ValueError(f"input {name!r}: expected a picture or a .npy array, got a file named {suffix or '?'!r}")
-        path = folder / f"upload{suffix}"
+        path = folder / f"{len(list(folder.iterdir()))}{suffix}"
         path.write_bytes(_bytes(f"input {name!r}", value["file"]))
         return path
 
@@ -131,7 +131,7 @@ class App:
         settings = _table(request, "settings")
         out = []
         for name in dict.fromkeys(names):
-            target = presets.target(self.session.modalities, name, given)
+            target = presets.target(self.session.modalities, name, [n for n in given if n != name])
             values = {}
             for field, value in settings.items():
                 if field not in SETTINGS:
@@ -141,8 +141,6 @@ class App:
                 if SETTINGS[field] is int and value != int(value):
                     raise ValueError(f"setting {field!r} must be a whole number, got {value!r}")
                 values[field] = SETTINGS[field](value)
-            if values.get("temperature", 0) < 0:
-                raise ValueError(f"temperature = {values['temperature']} must be at least 0")
             out.append(dataclasses.replace(target, **values))
         return out
 
@@ -186,14 +184,8 @@ def _bytes(what: str, url: Any) -> bytes:
 
 
 def _mask(name: str, url: Any) -> np.ndarray:
-    from PIL import Image
-
     data = _bytes(f"mask of {name!r}", url)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("L")) > 127
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"mask of {name!r}: this is not a picture that can be read ({error})") from None
+    return read_picture(io.BytesIO(data), f"mask of {name!r}: this", lambda image: image.convert("L")) > 127
 
 
 def _data_url(picture: np.ndarray) -> str:
