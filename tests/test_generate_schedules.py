@@ -39,7 +39,6 @@ def test_impossible_schedules_are_refused(call, message):
         call()
 
 
-@needs_fixtures
 @pytest.mark.parametrize("kind", ["decreasing:0", "onex:0:0.5", "onex:0.5:0.5", "linear"])
 def test_temperatures_are_never_negative_and_there_is_one_for_every_step(kind):
     for steps, tokens in ((24, 196), (16, 64), (65, 64), (20, 3)):
@@ -48,6 +47,7 @@ def test_temperatures_are_never_negative_and_there_is_one_for_every_step(kind):
         assert len(found) == len(counts) == steps and min(found) >= 0 and sum(counts) == tokens
 
 
+@needs_fixtures
 def test_schedules_equal_the_references():
     cases = json.loads((FIXTURES / "parity" / "gen_schedules.json").read_text())
     counts_of = lambda kind, steps, tokens: schedules.token_schedule(kind, int(steps), int(tokens))  # noqa: E731

@@ -308,8 +308,8 @@ def opened(where: np.ndarray | Box, grid: tuple[int, int]) -> np.ndarray:
     return cells
 
 
-# Domains of tokenizers whose pictures have one channel, and those that no picture can hold.
-_GREY, _NO_PICTURES = ("semseg", "edges", "mask"), ("depth", "features", "vector")
+# Domains of tokenizers whose pictures are grey, and those that no picture can hold.
+_GREY, _NO_PICTURES = ("edges", "mask"), ("depth", "features", "vector")
 
 
 def _read_array(m: Modality, path: pathlib.Path, domain: str) -> np.ndarray:
