@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fm4m.attention import Visibility, dense
+from fm4m.attention import Visibility, attention, dense
 from fm4m.layers import Attention, DecoderLayer
 
 
@@ -47,15 +47,20 @@ def attend(module: Attention, x: jax.Array, context: jax.Array, visibility: Visi
     def per_head(kernel: jax.Array) -> jax.Array:
         return kernel.astype(x.dtype).reshape(kernel.shape[0], -1, module.head_dim)
 
+    width = context.shape[-1]
     query = module.queries(x)
-    scaled = (query.astype(jnp.float32) * module.head_dim**-0.5).astype(x.dtype)
+    # The heads become queries of one head as wide as the context, which is its keys and values; its scale is another.
+    scaled = (query.astype(jnp.float32) * (width / module.head_dim) ** 0.5).astype(x.dtype)
     heads = scaled.reshape(*x.shape[:2], -1, module.head_dim)
     absorbed = jnp.einsum("bthd,chd->bthc", heads, per_head(module.key.kernel[...]))
-    logits = jnp.einsum("bthc,bsc->bths", absorbed, context, preferred_element_type=jnp.float32)
-    seen = dense(visibility)
-    logits = jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min)
-    gathered = jnp.einsum("bths,bsc->bthc", jax.nn.softmax(logits, axis=-1).astype(x.dtype), context)
+    seen = visibility._replace(
+        query_group=jnp.repeat(visibility.query_group, heads.shape[2], axis=1),
+        query_limit=jnp.repeat(visibility.query_limit, heads.shape[2], axis=1),
+    )
+    gathered = attention(absorbed.reshape(x.shape[0], -1, width), context, context, seen, num_heads=1)
+    gathered = gathered.reshape(absorbed.shape)
     value = jnp.einsum("bthc,chd->bthd", gathered, per_head(module.value.kernel[...])).reshape(query.shape)
     if module.value.bias is not None:
-        value += module.value.bias[...].astype(x.dtype)
-    return module.out(jnp.where(seen.any(-1, keepdims=True), value, jnp.zeros((), value.dtype)), joins=True)
+        bias = module.value.bias[...].astype(x.dtype)
+        value += jnp.where(dense(visibility).any(-1, keepdims=True), bias, jnp.zeros((), x.dtype))
+    return module.out(value, joins=True)
